@@ -1,0 +1,1 @@
+"""Recorded results, ``<method>/<scale>.json``, installed as ``ftlib.records``."""

@@ -1,0 +1,4 @@
+"""The ``ftlib`` command."""
+import typer
+
+app = typer.Typer()
