@@ -12,6 +12,7 @@ import platform
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -29,6 +30,10 @@ AMPERE = (8, 0)
 _REPORTED_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
 
 
+class SettingError(ValueError):
+    """An argument or an environment variable holds a value that cannot be used."""
+
+
 class Precision(NamedTuple):
     """A dtype together with the reason it was chosen."""
 
@@ -43,25 +48,52 @@ def scale(explicit: str | None = None) -> Scale:
     available and ``cpu`` where it is not.
 
     Raises:
-        ValueError: the name is not one of ``cpu``, ``gpu``, ``paper``.
+        SettingError: the name is not one of ``cpu``, ``gpu``, ``paper``.
     """
     name = explicit or os.environ.get("FTLIB_SCALE")
     if not name:
         return "gpu" if device().type == "cuda" else "cpu"
     if name not in SCALES:
         source = "the argument" if explicit else "FTLIB_SCALE"
-        raise ValueError(
+        raise SettingError(
             f"unknown scale {name!r} (from {source}): choose one of {', '.join(SCALES)}"
         )
     return name
 
 
 def device() -> torch.device:
-    """Return ``FTLIB_DEVICE`` if it is set, else CUDA if there is any, else the CPU."""
+    """Return ``FTLIB_DEVICE`` if it is set, else CUDA if there is any, else the CPU.
+
+    Raises:
+        SettingError: ``FTLIB_DEVICE`` names no device, or CUDA where there is none.
+    """
     import torch
 
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("FTLIB_DEVICE") or default)
+    cuda = torch.cuda.is_available()
+    name = os.environ.get("FTLIB_DEVICE") or ("cuda" if cuda else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise SettingError(
+            f"FTLIB_DEVICE={name!r} is no device: use cpu, cuda or cuda:N"
+        ) from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise SettingError(
+            f"FTLIB_DEVICE={name!r}, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices: unset it, or set it to cpu"
+        )
+    return chosen
+
+
+def describe_device() -> str:
+    """Name the device and its size: ``NVIDIA H200, 140 GiB`` or ``cpu, 2 cores``."""
+    import torch
+
+    on = device()
+    if on.type != "cuda":
+        return f"{on.type}, {os.cpu_count()} cores"
+    properties = torch.cuda.get_device_properties(on)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def precision(
@@ -116,16 +148,10 @@ def seed_everything(seed: int) -> None:
 
 def report() -> str:
     """Describe scale, device, memory, dtype and versions in one line."""
-    import torch
-
-    on = device()
-    if on.type == "cuda":
-        properties = torch.cuda.get_device_properties(on)
-        where = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    else:
-        where = f"{on.type}, {os.cpu_count()} cores"
     packages = ", ".join(f"{name} {v}" for name, v in versions().items())
-    return f"scale {scale()} | {where} | {precision(on).reason} | {packages}"
+    return " | ".join(
+        (f"scale {scale()}", describe_device(), precision().reason, packages)
+    )
 
 
 def versions() -> dict[str, str]:
@@ -142,37 +168,44 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """Commit of the checkout ftlib runs from, ``-dirty`` if its code has changed.
 
-    ``None`` where ftlib was installed without one.
+    ``None`` where ftlib was installed without one, or where git cannot read it.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode != 0:
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--", "ftlib", "kernels")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    status = subprocess.run(
-        [*git, "status", "--porcelain", "--", "ftlib", "kernels"],
-        capture_output=True,
-        text=True,
-    )
-    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+    return head + ("-dirty" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Output of a git command; read-only, so it takes no lock another git may hold."""
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def reset_peak_memory() -> None:
     """Start a new peak-memory measurement on the GPU (the CPU's cannot be reset)."""
     import torch
 
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    on = device()
+    if on.type == "cuda":
+        torch.cuda.init()  # there are no statistics to reset before this
+        torch.cuda.reset_peak_memory_stats(on)
 
 
 def peak_memory() -> int:
     """Peak memory in bytes: allocated on the GPU, or resident in this process."""
     import torch
 
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
+    on = device()
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on)
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -189,6 +222,8 @@ def quiet() -> bool:
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Return a tqdm bar (with its time estimate) that is silent when :func:`quiet`."""
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets text
+        from tqdm.auto import tqdm
 
     return tqdm(iterable, disable=quiet(), **{"dynamic_ncols": True, **options})

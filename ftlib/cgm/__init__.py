@@ -1,1 +1,5 @@
+"""CGM: calibrate a generative model to distributional constraints.
 
+Smith, Diamant and Trippe, *Calibrating Generative Models to Distributional
+Constraints*, arXiv 2510.10020. The chapter is ``notebooks/cgm.ipynb``.
+"""

@@ -1,0 +1,58 @@
+# Every target can be run again: it does what is missing and keeps the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# The book shows scale cpu, on a machine with a GPU too.
+book test notebooks: export FTLIB_SCALE ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help book html test lint generate notebooks lab gpu results lock
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+book: $(INSTALLED)  ## install, run the notebooks, build the book in _build/html
+	$(BIN)/python book/tools/execute.py
+	$(BIN)/python book/tools/build.py --notebooks _build/notebooks
+
+html: $(INSTALLED)  ## build the book from the stored outputs
+	$(BIN)/python book/tools/build.py
+
+test: lint html  ## lint, types, static gate, book build, then all tests and notebooks
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
+	$(BIN)/python -m pytest tests notebooks \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		--nbval-sanitize-with notebooks/sanitize.cfg
+
+lint: $(INSTALLED)  ## ruff, mypy and the notebooks' static gate
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python book/tools/gates.py
+
+generate: $(INSTALLED)  ## write environment.yml, the notebooks' first cells, the mirror
+	$(BIN)/python book/tools/generated.py
+
+notebooks: generate  ## run the notebooks and store their outputs in notebooks/
+	$(BIN)/python book/tools/execute.py --in-place
+
+lab: $(INSTALLED)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+gpu: $(INSTALLED)  ## run every method at scale gpu and record the results
+	$(BIN)/ftlib run cgm --scale gpu --seeds 3
+
+results: $(INSTALLED)  ## print the recorded results
+	$(BIN)/ftlib results
+
+lock: $(INSTALLED)  ## write requirements.lock from what .venv holds
+	$(BIN)/python book/tools/lock.py
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+		sys.exit(None if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}," \
+		" but ftlib needs 3.11, 3.12 or 3.13: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c requirements.lock -e '.[book,dev,models]'
+	@touch $@

@@ -1,0 +1,217 @@
+r"""The tilt p_α ∝ p_base exp(α·h) that meets the constraints, found from its dual.
+
+Maximise α·h* − log Σ_n w_n exp(α·h_n) over α. Samples of the base model stand for
+p_base, with equal weights, or an enumeration with exact ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import qr
+from scipy.optimize import linprog, minimize
+from scipy.special import logsumexp
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+# Beyond this tilt (in nats, across the range of α·h) an optimum may be one that has
+# run off to infinity: worth a look with a linear programme.
+_SUSPICIOUS_TILT = 20.0
+
+
+class InfeasibleTargetError(ValueError):
+    """No tilt of the samples meets the target."""
+
+
+class RedundantConstraintError(ValueError):
+    """Some constraints follow from the others, so the tilt is not unique."""
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """A solution of the dual.
+
+    Attributes:
+        alpha: float64 [d], the multipliers.
+        log_z: log E_base[exp(α·h)].
+        mean: float64 [d], E[h] under the tilt.
+        kl: KL(p_α‖p_base) in nats: the smallest any model with this mean can have.
+        effective_samples: 1/Σ p_n², how many atoms the tilt rests on.
+    """
+
+    alpha: Array
+    log_z: float
+    mean: Array
+    kl: float
+    effective_samples: float
+
+
+def solve_dual(
+    h: Tensor | Array,
+    target: Tensor | Array,
+    *,
+    weights: Tensor | Array | None = None,
+    kl_weight: float = 0.0,
+) -> Tilt:
+    """Find the exponential tilt with E[h] = target, the closest to the base in KL.
+
+    With ``kl_weight`` λ > 0 the optimum of CGM-relax is found instead: its tilt solves
+    the same dual with the ridge −(λ/4)‖α‖² added (ours), which exists for any target
+    and misses it by λα/2.
+
+    Args:
+        h: statistics of N atoms, [N, d].
+        target: [d].
+        weights: base probabilities of the atoms [N], summing to one; equal if None.
+        kl_weight: λ of CGM-relax; 0 for the constrained problem.
+
+    Raises:
+        InfeasibleTargetError: the target lies outside, or on the boundary of, the
+            convex hull of the atoms' statistics. It says which constraints conflict.
+        RedundantConstraintError: the constraints are linearly dependent; it says which.
+        ValueError: shapes do not agree, or a value is not finite.
+    """
+    h, target, weights = _checked(h, target, weights)
+    h, weights = h[weights > 0], weights[weights > 0]
+    if kl_weight == 0:
+        _check_ranges(h, target)
+        _check_rank(h)
+    y = h - target
+    log_w = np.log(weights)
+
+    def tilted(alpha: Array) -> tuple[float, Array]:
+        logits = log_w + y @ alpha
+        log_z = logsumexp(logits)
+        return float(log_z), np.exp(logits - log_z)
+
+    def negative_dual(alpha: Array) -> tuple[float, Array]:
+        log_z, p = tilted(alpha)
+        ridge = kl_weight / 4 * float(alpha @ alpha)
+        return log_z + ridge, p @ y + kl_weight / 2 * alpha
+
+    def covariance(alpha: Array) -> Array:
+        _, p = tilted(alpha)
+        centred = y - p @ y
+        return (centred * p[:, None]).T @ centred + kl_weight / 2 * np.eye(len(alpha))
+
+    spread = np.abs(y).max(0)
+    solution = minimize(
+        lambda a: negative_dual(a / spread)[0],
+        np.zeros(h.shape[1]),
+        jac=lambda a: negative_dual(a / spread)[1] / spread,
+        hess=lambda a: covariance(a / spread) / np.outer(spread, spread),
+        method="trust-exact",
+        options={"gtol": 1e-10, "maxiter": 500},
+    )
+    alpha = solution.x / spread
+    log_z, p = tilted(alpha)
+    gap = np.abs(negative_dual(alpha)[1] / spread).max()
+    if kl_weight == 0 and (gap > 1e-6 or np.ptp(y @ alpha) > _SUSPICIOUS_TILT):
+        _check_hull(y)
+    if gap > 1e-6:
+        raise RuntimeError(
+            f"the dual did not converge (relative gap {gap:.1e}: {solution.message})"
+        )
+    return Tilt(
+        alpha=alpha,
+        log_z=log_z + float(alpha @ target),
+        mean=p @ h,
+        kl=float(p @ (y @ alpha)) - log_z,
+        effective_samples=1 / float(p @ p),
+    )
+
+
+def balanced_kl(female: Tensor | Array, male: Tensor | Array) -> Array:
+    """Smallest KL in nats of a distribution in which two outcomes are equally likely.
+
+    Everything else keeps its odds, so the closed form of the dual with h = ±1 is
+    −log(1 − f − m + 2√(fm)). A model that answers K given prompts cannot change their
+    mix: its smallest KL is the mean of this over the prompts, and not the (smaller) KL
+    of one tilt of prompts and answers together.
+
+    Args:
+        female: probability of the first outcome, any shape.
+        male: probability of the second.
+    """
+    f, m = _float64(female), _float64(male)
+    return -np.log(1 - f - m + 2 * np.sqrt(f * m))
+
+
+def _checked(
+    h: Tensor | Array, target: Tensor | Array, weights: Tensor | Array | None
+) -> tuple[Array, Array, Array]:
+    h, target = _float64(h), _float64(target)
+    if h.ndim != 2 or target.shape != h.shape[1:]:
+        raise ValueError(
+            f"h has shape {h.shape} and the target {target.shape}: "
+            "they must be [N, d] and [d]"
+        )
+    w = np.full(len(h), 1 / len(h)) if weights is None else _float64(weights)
+    if w.shape != h.shape[:1] or (w < 0).any() or not np.isclose(w.sum(), 1):
+        raise ValueError("weights must be N probabilities that sum to one")
+    if not (np.isfinite(h).all() and np.isfinite(target).all()):
+        raise ValueError("h and the target must be finite")
+    return h, target, w / w.sum()
+
+
+def _float64(x: Tensor | Array) -> Array:
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    return np.asarray(x, dtype=np.float64)
+
+
+def _check_ranges(h: Array, target: Array) -> None:
+    low, high = h.min(0), h.max(0)
+    constant = np.flatnonzero((low == high) & (low == target))
+    if len(constant):
+        raise RedundantConstraintError(
+            f"constraint {_names(constant)}: h never varies and the target is met "
+            "already; leave it out"
+        )
+    outside = np.flatnonzero((target <= low) | (target >= high))
+    if len(outside):
+        k = outside[0]
+        raise InfeasibleTargetError(
+            f"constraint {_names(outside)}: the target is not strictly between the "
+            f"smallest and the largest h among {len(h)} samples (constraint {k}: "
+            f"target {target[k]:g}, h from {low[k]:g} to {high[k]:g}); draw more "
+            "samples, or use CGM-relax, which needs none"
+        )
+
+
+def _check_rank(h: Array) -> None:
+    standardised = (h - h.mean(0)) / h.std(0)
+    _, r, order = qr(standardised, mode="economic", pivoting=True)
+    diagonal = np.abs(np.diag(r))
+    rank = int((diagonal > diagonal[0] * 1e-10).sum())
+    if rank < h.shape[1]:
+        raise RedundantConstraintError(
+            f"constraint {_names(np.sort(order[rank:]))} follows from the others on "
+            f"these {len(h)} samples ({rank} of {h.shape[1]} are independent); "
+            "leave it out"
+        )
+
+
+def _check_hull(y: Array) -> None:
+    """Look for a direction u with u·y ≤ 0 for all atoms: α grows along −u for ever.
+
+    The linear programme's own tolerance, 1e-7 of the scaled h, is the closest to the
+    boundary that a target can be told to lie inside.
+    """
+    atoms = np.unique(y / np.abs(y).max(0), axis=0)
+    found = linprog(atoms.sum(0), A_ub=atoms, b_ub=np.zeros(len(atoms)), bounds=(-1, 1))
+    if found.status == 0 and found.fun < -1e-9 * np.abs(atoms).sum():
+        blocking = np.flatnonzero(np.abs(found.x) > 1e-6)
+        raise InfeasibleTargetError(
+            f"constraints {_names(blocking)} cannot be met together: the target is not "
+            f"inside the convex hull of the {len(y)} samples' h; draw more samples, or "
+            "use CGM-relax, which needs none"
+        )
+
+
+def _names(indices: NDArray[np.intp]) -> str:
+    shown = ", ".join(map(str, indices[:8]))
+    return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")

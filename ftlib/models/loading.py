@@ -1,0 +1,54 @@
+"""Loading a located model. Transformers is imported only once a model is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftlib import runtime
+from ftlib.models.sources import ModelCorrupt, locate
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer by short name.
+
+    The model is in evaluation mode, and the tokenizer has a padding token: where it had
+    none, the end-of-sequence token.
+
+    Args:
+        name: short name of the model.
+        dtype: of the weights; by default :func:`ftlib.runtime.precision`'s choice.
+        device: where to put it; by default :func:`ftlib.runtime.device`.
+
+    Raises:
+        ValueError: no model has the name.
+        ModelUnavailable: the model is neither here nor to be had.
+        ModelCorrupt: the weights are damaged or altered.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = locate(name)
+    device = device or runtime.device()
+    dtype = dtype or runtime.precision(device).dtype
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise ModelCorrupt(
+            f"the weights in {folder} are damaged: {error}. Remove or replace them."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,752 @@
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _two_process_training import STEPS as TWO_PROCESS_STEPS
+from _two_process_training import weights as two_process_weights
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ftlib import runtime, training
+from ftlib.training import (
+    CheckpointError,
+    NonFiniteLossError,
+    TrainingSettings,
+    example_ids,
+    train,
+)
+
+SETTINGS = TrainingSettings(
+    steps=10, batch_size=4, learning_rate=0.05, warmup_steps=2, weight_decay=0.1
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("FTLIB_DEVICE", "cpu")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Let a test set Accelerate up in its own way."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+
+
+def make_dataset(examples=22, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(examples, 3, generator=generator).to(dtype)
+    return list(zip(inputs, inputs.prod(1, keepdim=True), strict=True))
+
+
+def squared_error(model, batch):
+    inputs, targets = batch
+    return (model(inputs) - targets).square().mean()
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+# --- the data -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(22, 4), (4, 4), (9, 1), (7, 5)])
+def test_an_epoch_is_a_permutation_cut_into_whole_batches(examples, batch):
+    settings = replace(SETTINGS, steps=60, batch_size=batch)
+    steps = list(example_ids(examples, settings))
+    assert len(steps) == 60
+    per_epoch = examples // batch
+    epochs = [
+        list(itertools.chain(*steps[first : first + per_epoch]))
+        for first in range(0, 60 - per_epoch + 1, per_epoch)
+    ]
+    for epoch in epochs:
+        assert len(epoch) == per_epoch * batch
+        assert set(Counter(epoch).values()) == {1}
+        assert set(epoch) <= set(range(examples))
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    # What one epoch leaves out comes in another.
+    assert set(itertools.chain(*epochs)) == set(range(examples))
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 5, 6, 9, 10])
+def test_the_ids_of_a_step_do_not_depend_on_where_the_run_began(after):
+    assert (
+        list(example_ids(22, SETTINGS, after))
+        == list(example_ids(22, SETTINGS))[after:]
+    )
+
+
+def test_the_order_follows_the_seed_alone():
+    torch.manual_seed(1)
+    first = list(example_ids(22, SETTINGS))
+    torch.manual_seed(2)
+    assert list(example_ids(22, SETTINGS)) == first
+    assert list(example_ids(22, replace(SETTINGS, seed=1))) != first
+
+
+def test_without_shuffling_the_data_set_s_own_order_is_kept():
+    ids = example_ids(9, replace(SETTINGS, steps=3, shuffle=False))
+    assert list(ids) == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+
+
+def test_batches_are_collated_from_the_ids_of_the_step():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch)
+        return model(torch.ones(1, 3)).square().mean()
+
+    prompts = [f"prompt {i}" for i in range(6)]
+    train(make_model(), prompts, loss, SETTINGS, collate=lambda examples: examples)
+    assert seen == [[prompts[i] for i in ids] for ids in example_ids(6, SETTINGS)]
+
+
+def test_a_range_of_the_batch_s_size_makes_every_step_an_epoch():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(sorted(batch.tolist()))
+        return model(torch.randn(len(batch), 3)).square().mean()
+
+    train(make_model(), range(4), loss, SETTINGS)
+    assert seen == [[0, 1, 2, 3]] * 10
+
+
+# --- the arithmetic -----------------------------------------------------------------
+
+
+def learning_rate(settings, step):
+    """The schedules' definition, with steps counted from 0."""
+    warmup, total = settings.warmup_steps, settings.steps
+    if step < warmup:
+        return settings.learning_rate * step / warmup
+    progress = (step - warmup) / (total - warmup)
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return settings.learning_rate * shape[settings.schedule]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("max_grad_norm", [0.05, None])
+def test_training_equals_a_loop_written_by_hand(schedule, max_grad_norm):
+    settings = replace(SETTINGS, schedule=schedule, max_grad_norm=max_grad_norm)
+    dataset = make_dataset()
+    model, twin = make_model(), make_model()
+    history = train(model, dataset, squared_error, settings)
+
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05, weight_decay=0.1)
+    norms = []
+    for step, ids in enumerate(example_ids(22, settings)):
+        inputs, targets = (
+            torch.stack(column)
+            for column in zip(*[dataset[i] for i in ids], strict=True)
+        )
+        optimizer.param_groups[0]["lr"] = learning_rate(settings, step)
+        optimizer.zero_grad()
+        loss = F.mse_loss(twin(inputs), targets)
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()
+        norms.append(norm.item())
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(twin.parameters(), max_grad_norm)
+        optimizer.step()
+        assert history[step]["loss"] == loss.item()
+        assert history[step]["learning_rate"] == pytest.approx(
+            learning_rate(settings, step), rel=1e-14
+        )
+    assert_equal(state_of(model), state_of(twin))
+    assert history.column("step") == list(range(1, 11))
+    assert history.column("grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert max(norms) > 0.05, "clipping was never put to work"
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_chunks_train_like_one_batch(accumulate):
+    def loss(model, batch):
+        error = squared_error(model, batch)
+        return error, {"half": error / 2, "examples": float(len(batch[0]))}
+
+    dataset = make_dataset(dtype=torch.float64)
+    whole, parts = make_model(torch.float64), make_model(torch.float64)
+    expected = train(whole, dataset, loss, SETTINGS)
+    found = train(parts, dataset, loss, replace(SETTINGS, accumulate=accumulate))
+    for name, tensor in state_of(whole).items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=0, atol=1e-13)
+    for name in ("loss", "half", "grad_norm"):
+        assert found.column(name) == pytest.approx(expected.column(name), rel=1e-10)
+    assert found.column("examples") == [4 / accumulate] * 10
+
+
+def test_a_given_optimizer_is_scheduled_from_its_own_learning_rate():
+    model, twin = make_model(), make_model()
+    settings = replace(SETTINGS, steps=3, warmup_steps=0, schedule="constant")
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    history = train(model, make_dataset(4), squared_error, settings, optimizer=sgd)
+    assert history.column("learning_rate") == [0.5] * 3
+
+    other = torch.optim.SGD(twin.parameters(), lr=0.5)
+    plain = replace(settings, learning_rate=123.0)
+    train(twin, make_dataset(4), squared_error, plain, optimizer=other)
+    assert_equal(state_of(model), state_of(twin))
+
+
+def test_frozen_parameters_stay_and_gradients_of_old_are_dropped():
+    model, twin = make_model(), make_model()
+    model[0].requires_grad_(False)
+    frozen = state_of(model[0])
+    twin[0].requires_grad_(False)
+    for parameter in model[2].parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    train(model, make_dataset(), squared_error, SETTINGS)
+    train(twin, make_dataset(), squared_error, SETTINGS)
+    assert_equal(state_of(model[0]), frozen)
+    assert_equal(state_of(model), state_of(twin))
+
+
+# --- checkpoints --------------------------------------------------------------------
+
+
+class DropoutAndNorm(nn.Module):
+    """Dropout, running statistics, frozen weights, two names for one buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(3, 8).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.3)
+        self.out = nn.Linear(8, 1)
+        self.register_buffer("scale", torch.ones(4))
+        self.register_buffer("view", self.scale[:2])
+
+    def forward(self, inputs):
+        return self.out(self.dropout(self.norm(self.frozen(inputs))))
+
+
+def noisy_error(model, batch):
+    """Draw from all three generators that a checkpoint keeps."""
+    inputs, targets = batch
+    noise = torch.randn_like(targets) + random.gauss(0, 1)
+    noise += np.random.normal()  # noqa: NPY002
+    return (model(inputs) - targets - noise).square().mean(), {"noise": noise.mean()}
+
+
+def make_tied_gpt():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=7, n_positions=6, n_embd=8, n_layer=1, n_head=2)
+    )
+
+
+def on_policy(model, batch):
+    """REINFORCE on the model's own samples, through its dropout."""
+    tokens = batch[:, None] % 7
+    for _ in range(4):
+        logits = model(tokens).logits[:, -1]
+        tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], 1)
+    log_probs = model(tokens).logits[:, :-1].log_softmax(-1)
+    chosen = log_probs.gather(-1, tokens[:, 1:, None]).sum((1, 2))
+    reward = (tokens == 2).float().mean(1)
+    return -(reward * chosen).mean(), {"reward": reward.mean()}
+
+
+CASES = {
+    "noise": (DropoutAndNorm, make_dataset, noisy_error),
+    "on-policy": (make_tied_gpt, lambda: range(8), on_policy),
+}
+
+
+class Attempt:
+    """One attempt at a run, made from scratch as a new process would make it."""
+
+    def __init__(self, case, seed=0):
+        make, dataset, self.loss = CASES[case]
+        torch.manual_seed(99)  # what is frozen is not in a checkpoint
+        self.model, self.dataset = make(), dataset()
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=0.05, eps=1e-6
+        )
+        set_seed(seed)
+        random.gauss(0, 1)  # leaves a second draw waiting in the generator's state
+
+    def train(self, settings=SETTINGS, directory=None, fail_at=None):
+        calls = itertools.count(1)
+
+        def loss(model, batch):
+            if next(calls) == fail_at:
+                raise KeyboardInterrupt
+            return self.loss(model, batch)
+
+        return train(
+            self.model,
+            self.dataset,
+            loss,
+            settings,
+            directory=directory,
+            optimizer=self.optimizer,
+        )
+
+    def draws(self):
+        numpy = np.random.random()  # noqa: NPY002
+        return random.random(), random.gauss(0, 1), numpy, torch.rand(()).item()
+
+
+def assert_resumes(settings, directory):
+    """Resume, and compare with a run that was never stopped."""
+    straight = Attempt("noise")
+    expected = straight.train()
+    resumed = Attempt("noise", seed=1)
+    assert resumed.train(settings, directory) == expected
+    assert_equal(state_of(resumed.model), state_of(straight.model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_resumes_bit_for_bit(case, tmp_path):
+    straight = Attempt(case)
+    expected = straight.train()
+    expected_draws = straight.draws()
+
+    settings = replace(SETTINGS, checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        Attempt(case).train(settings, tmp_path, fail_at=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+    resumed = Attempt(case, seed=1)
+    with torch.no_grad():  # weights of the checkpoint, not of a lucky start
+        for parameter in resumed.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    history = resumed.train(settings, tmp_path)
+
+    assert history == expected
+    assert_equal(state_of(resumed.model), state_of(straight.model))
+    assert resumed.draws() == expected_draws
+    found, wanted = resumed.optimizer.state_dict(), straight.optimizer.state_dict()
+    assert found["state"].keys() == wanted["state"].keys()
+    for index, state in wanted["state"].items():
+        assert_equal(found["state"][index], state)
+    assert json.dumps(found["param_groups"]) == json.dumps(wanted["param_groups"])
+
+
+def test_a_finished_run_is_taken_up_without_another_step(tmp_path):
+    first = Attempt("noise")
+    expected = first.train(directory=tmp_path)
+    expected_draws = first.draws()
+    again = Attempt("noise", seed=1)
+    assert again.train(directory=tmp_path, fail_at=1) == expected
+    assert_equal(state_of(again.model), state_of(first.model))
+    assert again.draws() == expected_draws
+
+
+def test_checkpoints_are_safetensors_and_json_and_the_newest_two(tmp_path):
+    Attempt("on-policy").train(replace(SETTINGS, checkpoint_every=3), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000009",
+        "step-000010",
+    ]
+    assert sorted(path.name for path in (tmp_path / "step-000010").iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng-0.json",
+        "training.json",
+    ]
+
+
+def test_beyond_a_million_steps_the_newest_is_still_found(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-2000000x", "partial"):
+        (tmp_path / name).mkdir()
+    store = training._Store(tmp_path, {})
+    assert store.newest() == tmp_path / "step-1000000"
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer"])
+def test_a_crash_while_writing_costs_that_checkpoint_only(tmp_path, monkeypatch, file):
+    settings = replace(SETTINGS, checkpoint_every=2)
+    save_file = training.save_file
+
+    def full_disk(tensors, path):
+        if path.name == f"{file}.safetensors" and (tmp_path / "step-000004").exists():
+            path.write_bytes(b"half")
+            raise OSError("no space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_file", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            Attempt("noise").train(settings, tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["partial", "step-000002", "step-000004"]
+
+    assert_resumes(settings, tmp_path)
+    assert not (tmp_path / "partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", lambda content: content[: len(content) // 2]),
+        ("optimizer.safetensors", lambda content: b""),
+        ("training.json", lambda content: content[:-20]),
+        ("training.json", lambda content: b"{}"),
+        ("rng-0.json", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
+    tmp_path, file, damage
+):
+    settings = replace(SETTINGS, checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        Attempt("noise").train(settings, tmp_path, fail_at=10)
+    path = tmp_path / "step-000008" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    with pytest.raises(CheckpointError, match=r"step-000008 .*Delete it to fall back"):
+        Attempt("noise").train(settings, tmp_path)
+
+    path.parent.rename(tmp_path / "elsewhere")
+    assert_resumes(settings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 20}, "steps was 10 and is 20"),
+        ({"learning_rate": 0.1}, r"learning_rate was 0\.05 and is 0\.1"),
+        ({"schedule": "linear"}, "schedule was 'cosine' and is 'linear'"),
+        ({"seed": 7, "shuffle": False}, "shuffle was .*; seed was 0 and is 7"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_resumed(tmp_path, change, message):
+    Attempt("noise").train(directory=tmp_path)
+    attempt = Attempt("noise")
+    before = state_of(attempt.model)
+    with pytest.raises(CheckpointError, match=f"{message}.*another directory"):
+        attempt.train(replace(SETTINGS, **change), tmp_path)
+    assert_equal(state_of(attempt.model), before)
+
+
+def test_another_number_of_examples_is_another_run(tmp_path):
+    train(make_model(), make_dataset(8), squared_error, SETTINGS, directory=tmp_path)
+    with pytest.raises(CheckpointError, match="examples was 8 and is 9"):
+        train(
+            make_model(), make_dataset(9), squared_error, SETTINGS, directory=tmp_path
+        )
+
+
+def test_how_often_checkpoints_are_kept_may_change(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Attempt("noise").train(
+            replace(SETTINGS, checkpoint_every=5), tmp_path, fail_at=8
+        )
+    assert_resumes(replace(SETTINGS, checkpoint_every=1), tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(make_model(), make_dataset(), squared_error, SETTINGS, directory=tmp_path)
+    wider = nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 1))
+    with pytest.raises(CheckpointError, match=r"3 tensors differ .* 0\.bias"):
+        train(wider, make_dataset(), squared_error, SETTINGS, directory=tmp_path)
+
+
+# --- what goes wrong ----------------------------------------------------------------
+
+
+class FailingAt:
+    """A loss whose value or gradient is spoilt at one step."""
+
+    def __init__(self, step, spoil):
+        self.calls, self.step, self.spoil = itertools.count(1), step, spoil
+
+    def __call__(self, model, batch):
+        self.weights = state_of(model)
+        loss = squared_error(model, batch)
+        return self.spoil(loss) if next(self.calls) == self.step else loss
+
+
+SPOILERS = {
+    "nan": lambda loss: loss * math.nan,
+    "inf": lambda loss: loss * math.inf,
+    "gradient": lambda loss: loss + (loss * 0).sqrt(),
+}
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_non_finite_loss_stops_before_the_step(tmp_path, spoiler, checkpointed):
+    model, loss = make_model(), FailingAt(6, SPOILERS[spoiler])
+    directory = tmp_path if checkpointed else None
+    every = 2 if checkpointed else None
+    settings = replace(SETTINGS, checkpoint_every=every)
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(model, make_dataset(), loss, settings, directory=directory)
+    ids = list(example_ids(22, SETTINGS))[5]
+    error = caught.value
+    assert (error.step, error.example_ids) == (6, ids)
+    assert "step 6" in str(error)
+    assert str(ids) in str(error)
+    assert_equal(state_of(model), loss.weights)
+    if checkpointed:
+        assert error.checkpoint == tmp_path / "step-000004"
+        assert str(error.checkpoint) in str(error)
+    else:
+        assert error.checkpoint is None
+        assert "pass `directory`" in str(error)
+
+
+def test_a_non_finite_chunk_is_seen_through_accumulation():
+    settings = replace(SETTINGS, accumulate=2)
+    with pytest.raises(NonFiniteLossError, match="step 2: loss nan"):
+        train(make_model(), make_dataset(), FailingAt(3, SPOILERS["nan"]), settings)
+
+
+def test_a_large_batch_is_named_in_a_readable_message():
+    error = NonFiniteLossError(
+        1, {"loss": math.nan, "grad_norm": 0.0}, range(4096), None
+    )
+    assert error.example_ids == list(range(4096))
+    assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": -0.1}, "learning_rate must be at least 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or None"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin': .*cosine, linear"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 23}, "22 examples, fewer than batch_size 23"),
+        ({"accumulate": 3}, r"batch_size 4 .* 3 equal parts \(1 processes"),
+        ({"checkpoint_every": 2}, "no directory"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_model(), make_dataset(), squared_error, replace(SETTINGS, **change))
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
+        train(
+            make_model().requires_grad_(False), make_dataset(), squared_error, SETTINGS
+        )
+
+
+def test_an_accelerator_that_scales_gradients_itself_is_refused():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps at 1"):
+        train(
+            make_model(),
+            make_dataset(),
+            squared_error,
+            SETTINGS,
+            accelerator=accelerator,
+        )
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: model(batch[0]), r"loss of shape \(4, 1\).*mean"),
+        (
+            lambda model, batch: (model(batch[0]).mean(), {"grad_norm": 1.0}),
+            "metrics named grad_norm",
+        ),
+    ],
+)
+def test_what_a_loss_function_must_return(loss, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_model(), make_dataset(), loss, SETTINGS)
+
+
+def test_metrics_that_change_from_chunk_to_chunk_are_refused():
+    names = iter("abcd")
+
+    def loss(model, batch):
+        return squared_error(model, batch), {next(names): 1.0}
+
+    with pytest.raises(ValueError, match="metrics b after a"):
+        train(make_model(), make_dataset(), loss, replace(SETTINGS, accumulate=2))
+
+
+# --- the surroundings ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+@pytest.mark.parametrize("fail_at", [1, 0])
+def test_the_model_is_given_back_as_it_came(was_training, fail_at):
+    model = make_model().train(was_training)
+    modes, attributes = [], set(vars(model))
+    failing = FailingAt(fail_at, SPOILERS["nan"])
+
+    def loss(model, batch):
+        modes.append(model.training)
+        return failing(model, batch)
+
+    if fail_at:
+        with pytest.raises(NonFiniteLossError):
+            train(model, make_dataset(), loss, SETTINGS)
+    else:
+        train(model, make_dataset(), loss, SETTINGS)
+    assert all(modes)
+    assert model.training is was_training
+    assert all(module.training is was_training for module in model)
+    assert set(vars(model)) == attributes
+
+
+def test_a_forward_of_the_model_s_own_outlives_training():
+    model = make_model()
+    plain = model.forward
+    model.forward = lambda inputs: 2 * plain(inputs)
+    doubled = model.forward
+    train(model, make_dataset(), squared_error, SETTINGS)
+    assert model.forward is doubled
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_bf16_casts_the_forward_pass_and_no_weight(monkeypatch):
+    bf16 = runtime.Precision(torch.bfloat16, "as on a GPU of capability 8.0")
+    monkeypatch.setattr(runtime, "precision", lambda on: bf16)
+    inner = []
+    model = make_model()
+    model[0].register_forward_hook(lambda *args: inner.append(args[2].dtype))
+
+    def loss(model, batch):
+        assert model(batch[0]).dtype is torch.float32
+        return squared_error(model, batch)
+
+    train(model, make_dataset(), loss, SETTINGS)
+    assert set(inner) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert copy.deepcopy(model)(torch.ones(2, 3)).dtype is torch.float32
+    assert inner[-1] is torch.float32, "the model is still cast after training"
+    before = len(inner)
+    train(model, make_dataset(), loss, SETTINGS)
+    assert set(inner[before:]) == {torch.bfloat16}, "a second training is not cast"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_device_that_accelerate_is_not_set_up_on_is_refused(monkeypatch):
+    Accelerator(cpu=True)
+    monkeypatch.setenv("FTLIB_DEVICE", "xpu")
+    with pytest.raises(RuntimeError, match=r"asked for on xpu .* set up on cpu"):
+        train(make_model(), make_dataset(), squared_error, SETTINGS)
+
+
+def test_the_bar_shows_the_loss_and_is_silent_when_asked(monkeypatch, capsys):
+    train(make_model(), make_dataset(), squared_error, SETTINGS, label="critique")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(runtime, "quiet", lambda: False)
+    history = train(
+        make_model(), make_dataset(), squared_error, SETTINGS, label="critique"
+    )
+    bar = capsys.readouterr().err
+    assert "critique: 100%" in bar
+    assert "10/10" in bar
+    assert f"loss={history[-1]['loss']:.4g}" in bar
+
+
+def test_a_resumed_bar_begins_where_the_run_stood(tmp_path, monkeypatch, capsys):
+    Attempt("noise").train(directory=tmp_path)
+    monkeypatch.setattr(runtime, "quiet", lambda: False)
+    Attempt("noise").train(directory=tmp_path)
+    assert "10/10" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Run the two-process script over loopback; return what it wrote."""
+    out = tmp_path_factory.mktemp("two-processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    script = Path(__file__).with_name("_two_process_training.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    result = subprocess.run(
+        [*launch, *address, str(script), str(out)],
+        env=os.environ
+        | {
+            "FTLIB_DEVICE": "cpu",
+            "GLOO_SOCKET_IFNAME": loopback,
+            "OMP_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.mark.parametrize("file", ["plain", "accumulated"])
+def test_two_processes_train_like_one(two_processes, file):
+    expected, history = two_process_weights()
+    found = load_file(two_processes / f"{file}.safetensors")
+    losses = found.pop("losses", None)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-13)
+    if losses is not None:
+        assert losses.tolist() == pytest.approx(history.column("loss"), rel=1e-6)
+        assert len(losses) == TWO_PROCESS_STEPS
+
+
+def test_every_process_keeps_a_random_state_of_its_own(two_processes):
+    """That the resumed run equals the straight one, the script has asserted."""
+    newest = two_processes / "resumed" / f"step-{TWO_PROCESS_STEPS:06d}"
+    first, second = (
+        json.loads((newest / f"rng-{index}.json").read_text()) for index in (0, 1)
+    )
+    assert first["torch"] != second["torch"]
+    assert not (two_processes / "resumed" / "partial").exists()
