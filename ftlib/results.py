@@ -618,7 +618,7 @@ def table(
         of_arm = results.select(arm=arm)
         cells = [_cell(of_arm, metric) for metric in columns]
         rows.append([label, str(len(of_arm)), *cells])
-    return _markdown(rows)
+    return markdown_table(rows)
 
 
 def _cell(results: Results, metric: str) -> str:
@@ -627,14 +627,14 @@ def _cell(results: Results, metric: str) -> str:
     return format_interval(bootstrap(results.values(metric)))
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: Iterable[Sequence[str]]) -> str:
     """Lay out rows, the first of them the heading, padded so that they read as text."""
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
     lines = (
         " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+        for row in cells
     )
     return "\n".join(f"| {line} |" for line in lines)
 

@@ -184,15 +184,19 @@ class Scorer(nn.Module):
         self.chunk = chunk
 
     def forward(self, samples: Samples) -> Tensor:
-        """Log-probability [n] of the samples."""
-        if self.chunk is None or len(samples) <= self.chunk:
-            return self.model.log_prob(samples)
-        return torch.cat(
-            [
-                checkpoint(self.model.log_prob, part, use_reentrant=False)
-                for part in chunks(samples, self.chunk)
-            ]
-        )
+        """Log-probability [n] of the samples, in the precision of the weights."""
+        # A log-ratio is a small difference of large numbers, and model and base must
+        # be scored alike: no autocasting by whoever trains this module.
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, enabled=False):
+            if self.chunk is None or len(samples) <= self.chunk:
+                return self.model.log_prob(samples)
+            return torch.cat(
+                [
+                    checkpoint(self.model.log_prob, part, use_reentrant=False)
+                    for part in chunks(samples, self.chunk)
+                ]
+            )
 
     def train(self, mode: bool = True) -> Scorer:
         """Stay in evaluation mode: dropout would score another model than sampled."""

@@ -174,11 +174,11 @@ def _tuned_at(rate: float, world: StorySettings) -> dict[str, FineTuning]:
             "forward_kl", dual_samples=4096, learning_rate=rate, world=world
         ),
     ]
-    calibrations = {s.loss: partial(calibrate_stories, s) for s in settings}
-    return {
-        **calibrations,
-        "balanced SFT": partial(imitate_balanced, world.training(rate)),
+    methods: dict[str, FineTuning] = {
+        s.loss: partial(calibrate_stories, s) for s in settings
     }
+    methods["balanced SFT"] = partial(imitate_balanced, world.training(rate))
+    return methods
 
 
 def story_base(world: StorySettings, seed: int) -> PromptedLM:

@@ -148,7 +148,7 @@ STORIES = StorySettings()
 
 # The experiment ``learning-rate`` tries these on seeds from 1000 up, which are not
 # reported. For each method the best is taken: the smallest exact violation + 0.1 KL.
-TRIED_LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+TRIED_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 TUNING_SEED = 1000
 STORY_LEARNING_RATES = {
     "relax": 1e-4,
@@ -169,14 +169,14 @@ TALES: dict[Scale, TaleSettings] = {
         model="stories15m",
         trained=("doctor", "nurse", "teacher", "pilot"),
         held_out=("lawyer", "chef", "dancer"),
-        max_new_tokens=20,
-        batch_size=64,
+        max_new_tokens=12,
+        batch_size=96,
         steps=40,
         learning_rate=1e-5,
-        kl_weights=(0.1,),
+        kl_weights=(1.0,),
         dual_samples=(1024,),
         evaluation_samples=256,
-        score_chunk=64,
+        score_chunk=96,
     ),
     "gpu": TaleSettings(
         model="smollm2-135m",
@@ -185,8 +185,8 @@ TALES: dict[Scale, TaleSettings] = {
         max_new_tokens=64,
         batch_size=512,
         steps=200,
-        learning_rate=2e-6,
-        kl_weights=(0.3, 0.1, 0.03),
+        learning_rate=5e-6,
+        kl_weights=(1.0, 0.3, 0.1),
         dual_samples=(4096,),
         evaluation_samples=2048,
         score_chunk=128,

@@ -69,6 +69,16 @@ def test_chunked_scoring_gives_the_same_gradient():
         torch.testing.assert_close(whole, parts)
 
 
+def test_scoring_is_not_autocast():
+    torch.manual_seed(0)
+    model = peaked_language_model()
+    samples = model.sample(8)
+    plain = cgm.Scorer(model)(samples)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(model.log_prob(samples), plain)  # it would matter
+        assert torch.equal(cgm.Scorer(model)(samples), plain)
+
+
 class Dropping(GaussianMixture):
     """A model with dropout, which must stay off while it is calibrated."""
 
