@@ -16,19 +16,11 @@ Three conventions make runs comparable and repeatable:
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import operator
-import os
-import random
-import re
 import reprlib
-import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -36,8 +28,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import send_to_device, set_seed
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,6 +35,7 @@ from torch.utils.data import default_collate
 from transformers import get_scheduler
 
 from ftlib import runtime
+from ftlib.checkpoints import Checkpoints, TrainingState
 
 Schedule = Literal["cosine", "linear", "constant"]
 Metrics = Mapping[str, float | torch.Tensor]
@@ -67,8 +58,6 @@ _WHOLE_MODEL = (
     DistributedType.MULTI_GPU,
 )
 _OWN_COLUMNS = ("step", "learning_rate", "loss", "grad_norm")
-_KEPT_CHECKPOINTS = 2
-_PARTIAL = "partial"
 # What Accelerate sets on a model it prepares, and what is taken off again.
 _LENT_ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
@@ -142,10 +131,6 @@ class History(list[dict[str, float]]):
     def column(self, name: str) -> list[float]:
         """Return one quantity, step by step."""
         return [record[name] for record in self]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be resumed from: damaged, or of another run."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -223,7 +208,8 @@ def train(
 
     Raises:
         ValueError: settings, data set, model and processes do not fit together.
-        CheckpointError: the newest checkpoint is damaged or belongs to another run.
+        ftlib.checkpoints.CheckpointError: the newest checkpoint is damaged or belongs
+            to another run.
         NonFiniteLossError: a loss or a gradient was not finite.
     """
     accelerator = accelerator or default_accelerator()
@@ -232,22 +218,22 @@ def train(
     _check_directory(directory, settings, accelerator)
     optimizer = optimizer or _adamw(model, settings)
     scheduler = _scheduler(optimizer, settings)
-    run = _Run(model, optimizer, scheduler, settings, accelerator)
-    store = _Store(directory, _identity(run, dataset)) if directory else None
+    run = _Run(model, optimizer, scheduler, History(), settings, accelerator)
+    checkpoints = _checkpoints(directory, run, dataset)
     with _lent(run) as (prepared, stepper):
-        _begin(run, store)
+        _begin(run, checkpoints)
         with _bar(run, label) as bar:
             for ids in example_ids(len(dataset), settings, after=run.step):
                 stepper.zero_grad()
                 batches = _batches(run, dataset, collate, ids)
                 values = _backward(run, prepared, loss_fn, batches)
                 if not math.isfinite(values["loss"] + values["grad_norm"]):
-                    newest = store.newest() if store else None
+                    newest = checkpoints.newest() if checkpoints else None
                     raise NonFiniteLossError(run.step + 1, values, ids, newest)
                 stepper.step()
                 run.record(values)
-                if store and run.is_checkpoint_due:
-                    store.save(run)
+                if checkpoints and run.is_checkpoint_due:
+                    checkpoints.save(run)
                 bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
                 bar.update()
     return run.history
@@ -369,20 +355,12 @@ def _scheduler(optimizer: Optimizer, settings: TrainingSettings) -> LRScheduler:
 
 
 @dataclass
-class _Run:
-    """A run: what a step changes, and so what a checkpoint holds, and its terms."""
+class _Run(TrainingState):
+    """A run: what its steps change, and its terms."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
+    history: History
     settings: TrainingSettings
     accelerator: Accelerator
-    history: History = field(default_factory=History)
-
-    @property
-    def step(self) -> int:
-        """Steps taken."""
-        return len(self.history)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -395,6 +373,19 @@ class _Run:
         rate = float(self.scheduler.get_last_lr()[0])
         self.history.append({"step": self.step + 1, "learning_rate": rate, **values})
         self.scheduler.step()
+
+
+def _checkpoints(
+    directory: Path | None, run: _Run, dataset: Examples
+) -> Checkpoints | None:
+    """Return the checkpoints of a run, if it has a directory for them."""
+    if directory is None:
+        return None
+    identity = asdict(run.settings)
+    del identity["checkpoint_every"]  # changes what is kept, not what is computed
+    identity["examples"] = len(dataset)
+    identity["processes"] = run.accelerator.num_processes
+    return Checkpoints(directory, identity, run.accelerator)
 
 
 @contextmanager
@@ -412,13 +403,13 @@ def _lent(run: _Run) -> Iterator[tuple[nn.Module, Optimizer]]:
         attributes.update(before)
 
 
-def _begin(run: _Run, store: _Store | None) -> None:
+def _begin(run: _Run, checkpoints: Checkpoints | None) -> None:
     """Take up the newest checkpoint; without one, part the processes' random streams.
 
     Processes usually start from one seed, and would then draw the same samples.
     """
-    if store and (newest := store.newest()):
-        store.load(newest, run)
+    if checkpoints and (newest := checkpoints.newest()):
+        checkpoints.load(newest, run)
     elif run.accelerator.process_index > 0:
         set_seed(torch.initial_seed() % 2**32, device_specific=True)
 
@@ -507,205 +498,3 @@ def _row(values: Sequence[float | torch.Tensor]) -> torch.Tensor:
             for value in values
         ]
     )
-
-
-def _identity(run: _Run, dataset: Examples) -> dict[str, Any]:
-    """Return what must not differ between a checkpoint and the run that resumes it."""
-    identity = asdict(run.settings)
-    del identity["checkpoint_every"]  # changes what is kept, not what is computed
-    processes = run.accelerator.num_processes
-    return identity | {"examples": len(dataset), "processes": processes}
-
-
-@dataclass
-class _Store:
-    """The checkpoints of a run: ``step-000123/`` of safetensors and JSON files.
-
-    Each is written under another name and renamed when whole, so a directory of that
-    name is complete. Nothing is pickled.
-    """
-
-    directory: Path
-    identity: dict[str, Any]
-
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint."""
-        return next(reversed(self._all()), None)
-
-    def _all(self) -> list[Path]:
-        """Return the checkpoints, oldest first."""
-        found = {
-            int(match[1]): path
-            for path in self.directory.glob("step-*")
-            if (match := re.fullmatch(r"step-(\d+)", path.name))
-        }
-        return [found[step] for step in sorted(found)]
-
-    def save(self, run: _Run) -> None:
-        """Write a checkpoint and drop all but the newest ones."""
-        main = run.accelerator.is_main_process
-        partial = self.directory / _PARTIAL
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        run.accelerator.wait_for_everyone()
-        _write_json(_rng_path(partial, run), _rng_state(run.accelerator.device))
-        if main:
-            self._write(partial, run)
-        run.accelerator.wait_for_everyone()
-        if main:
-            _flush(partial)
-            partial.rename(self.directory / f"step-{run.step:06d}")
-            self._prune()
-        run.accelerator.wait_for_everyone()
-
-    def _write(self, path: Path, run: _Run) -> None:
-        tensors, scalars = _flatten(run.optimizer.state_dict())
-        save_file(_copies(_live_tensors(run.model)), path / "model.safetensors")
-        save_file(_copies(tensors), path / "optimizer.safetensors")
-        _write_json(
-            path / "training.json",
-            {
-                "identity": self.identity,
-                "optimizer": scalars,
-                "scheduler": run.scheduler.state_dict(),
-                "history": run.history,
-            },
-        )
-
-    def _prune(self) -> None:
-        partial = self.directory / _PARTIAL
-        for path in self._all()[:-_KEPT_CHECKPOINTS]:
-            path.rename(partial)  # half of a checkpoint must not look like a whole one
-            shutil.rmtree(partial)
-
-    def load(self, path: Path, run: _Run) -> None:
-        """Bring a run to the state that a checkpoint holds.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged or belongs to another run.
-        """
-        try:
-            training = json.loads((path / "training.json").read_text())
-            self._compare(path, training["identity"])
-            _load_model(run.model, load_file(path / "model.safetensors"))
-            # Copies, since the file they are mapped from will be pruned.
-            tensors = _copies(load_file(path / "optimizer.safetensors"))
-            run.optimizer.load_state_dict(_unflatten(tensors, training["optimizer"]))
-            run.scheduler.load_state_dict(training["scheduler"])
-            run.history.extend(training["history"])
-            rng = json.loads(_rng_path(path, run).read_text())
-            _set_rng_state(rng, run.accelerator.device)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} cannot be resumed from ({type(error).__name__}: {error}). "
-                "Delete it to fall back on the checkpoint before it, or train in "
-                "another directory"
-            ) from error
-
-    def _compare(self, path: Path, saved: dict[str, Any]) -> None:
-        changed = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
-            for name, value in self.identity.items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{path} belongs to a run with other settings: {'; '.join(changed)}. "
-                "Put them back to resume it, or train in another directory"
-            )
-
-
-def _live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what training changes in a model: trainable parameters and buffers.
-
-    Tied weights appear once, under their first name.
-    """
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return trainable | dict(model.named_buffers())
-
-
-def _load_model(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    live = _live_tensors(model)
-    shapes = {name: tensor.shape for name, tensor in live.items()}
-    found = {name: tensor.shape for name, tensor in saved.items()}
-    if wrong := sorted(
-        name for name in shapes.keys() | found if shapes.get(name) != found.get(name)
-    ):
-        raise ValueError(
-            f"{len(wrong)} tensors differ in name or shape from the model's, the first "
-            f"being {wrong[0]}"
-        )
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(saved[name])
-
-
-def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return CPU copies that share no memory, which safetensors insists on."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-
-
-def _flatten(
-    state: Mapping[str, Any],
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Part an optimiser's state into named tensors and what JSON can hold."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for parameter, entries in state["state"].items():
-        for name, value in entries.items():
-            kind = tensors if isinstance(value, torch.Tensor) else scalars
-            kind[f"{parameter}.{name}"] = value
-    return tensors, {"state": scalars, "param_groups": state["param_groups"]}
-
-
-def _unflatten(
-    tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Undo :func:`_flatten`."""
-    state: dict[int, dict[str, Any]] = defaultdict(dict)
-    for key, value in itertools.chain(tensors.items(), scalars["state"].items()):
-        parameter, name = key.split(".", maxsplit=1)
-        state[int(parameter)][name] = value
-    return {"state": dict(state), "param_groups": scalars["param_groups"]}
-
-
-def _rng_path(directory: Path, run: _Run) -> Path:
-    return directory / f"rng-{run.accelerator.process_index}.json"
-
-
-def _rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of the global generators, as JSON holds them."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  # libraries' own
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(state["numpy"])  # noqa: NPY002  # libraries' own
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if device.type == "cuda":
-        cuda = torch.tensor(state["cuda"], dtype=torch.uint8)
-        torch.cuda.set_rng_state(cuda, device)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON; arrays and tensors become lists."""
-    path.write_text(json.dumps(content, default=operator.methodcaller("tolist")))
-
-
-def _flush(directory: Path) -> None:
-    """Force a directory's files to the disk, so that a power cut cannot empty them."""
-    for path in directory.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
