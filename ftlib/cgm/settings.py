@@ -175,7 +175,7 @@ TALES: dict[Scale, TaleSettings] = {
         learning_rate=1e-5,
         kl_weights=(1.0,),
         dual_samples=(1024,),
-        evaluation_samples=256,
+        evaluation_samples=128,
         score_chunk=96,
     ),
     "gpu": TaleSettings(
