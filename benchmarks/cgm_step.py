@@ -47,7 +47,7 @@ def story_step(batch: int, chunk: int | None) -> dict[str, float]:
 def mixture_step(constraints: int) -> dict[str, float]:
     """A relax step of a product of mixtures, and its dual from ten batches."""
     model = two_bumps(dimensions=constraints).to(runtime.device())
-    target = torch.full((constraints,), 0.55, device=runtime.device())
+    target = torch.full((constraints,), 0.51, device=runtime.device())
     loss = _loss(model, right_of_zero, target, MIXTURE_BATCH, None)
     h = right_of_zero(model.sample(10 * MIXTURE_BATCH))
     start = time.perf_counter()

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 # Beyond this tilt (in nats, across the range of α·h) an optimum may be one that has
 # run off to infinity: worth a look with a linear programme.
-_SUSPICIOUS_TILT = 20.0
+_STRONG = 20.0
 
 
 class InfeasibleTargetError(ValueError):
@@ -97,6 +97,13 @@ def solve_dual(
         centred = y - p @ y
         return (centred * p[:, None]).T @ centred + kl_weight / 2 * np.eye(len(alpha))
 
+    def watch(scaled: Array) -> None:
+        # Look once, as soon as the tilt is suspiciously strong.
+        if kl_weight == 0 and not looked and np.ptp(y @ (scaled / spread)) > _STRONG:
+            looked.append(True)
+            _check_hull(y)
+
+    looked: list[bool] = []
     spread = np.abs(y).max(0)
     solution = minimize(
         lambda a: negative_dual(a / spread)[0],
@@ -104,13 +111,12 @@ def solve_dual(
         jac=lambda a: negative_dual(a / spread)[1] / spread,
         hess=lambda a: covariance(a / spread) / np.outer(spread, spread),
         method="trust-exact",
+        callback=watch,
         options={"gtol": 1e-10, "maxiter": 500},
     )
     alpha = solution.x / spread
     log_z, p = tilted(alpha)
     gap = np.abs(negative_dual(alpha)[1] / spread).max()
-    if kl_weight == 0 and (gap > 1e-6 or np.ptp(y @ alpha) > _SUSPICIOUS_TILT):
-        _check_hull(y)
     if gap > 1e-6:
         raise RuntimeError(
             f"the dual did not converge (relative gap {gap:.1e}: {solution.message})"
