@@ -58,7 +58,7 @@ import torch
 from IPython.display import Markdown
 from torch import nn
 
-from ftlib import models, plots, results
+from ftlib import models, plots, results, runtime
 from ftlib.cgm import calibrate as cgm
 from ftlib.cgm import experiment, mixture, objective, stories
 from ftlib.cgm.dual import solve_dual
@@ -279,7 +279,7 @@ for _ in range(300):
 theory = solve_dual(
     torch.tensor([[0.0], [1.0]]), TARGET, kl_weight=KL_WEIGHT
 )
-reached = float(model.mass_right_of_zero().detach())
+reached = float(model.double_copy().mass_right_of_zero())
 assert abs(reached - theory.mean[0]) < 0.01
 assert abs(model.kl_from(base) - theory.kl) < 0.01
 print(f"theory: {theory.mean[0]:.2f} of the mass right of zero")
@@ -350,8 +350,8 @@ print("the U-statistic is sometimes negative: ", share > 0.01)
 #
 # `ftlib.cgm.calibrate` asks two things of a `torch.nn.Module`: `sample(n)` and
 # `log_prob(samples)`. Here is a model of your own, a six-sided die, calibrated to a
-# mean of 4.5. It is an old friend: Jaynes posed it in 1962 as the first exercise in
-# maximum entropy, and the answer is in the textbooks.
+# mean of 4.5. It is an old friend: Jaynes posed it in 1962 to
+# teach maximum entropy, and the answer is in the textbooks {cite:p}`jaynes1963brandeis`.
 
 # %% tags=["nbval-check-output"]
 class Die(nn.Module):
@@ -369,19 +369,23 @@ class Die(nn.Module):
 torch.manual_seed(0)
 die = Die()
 training = TrainingSettings(
-    steps=400, batch_size=512, learning_rate=0.05, max_grad_norm=None
+    steps=400, batch_size=512, learning_rate=0.03, max_grad_norm=None
 )
 cgm.calibrate(
     die,
     h=lambda faces: (faces + 1.0)[:, None],
     target=torch.tensor([4.5]),
-    settings=CalibrationSettings("relax", training, kl_weight=0.02),
+    settings=CalibrationSettings("reward", training, dual_samples=10_000),
 )
-jaynes = torch.tensor([0.0543, 0.0788, 0.1142, 0.1654, 0.2398, 0.3475])
-found = die.logits.softmax(0).detach()
-assert (found - jaynes).abs().max() < 0.02, found
-print("Jaynes:", [f"{p:.3f}" for p in jaynes.tolist()])
-print("every face within 0.02:", True)
+faces = np.arange(1.0, 7.0)
+exact = np.exp(solve_dual(faces[:, None], np.array([4.5])).alpha * faces)
+exact /= exact.sum()
+jaynes = [0.05435, 0.07877, 0.11416, 0.16545, 0.23977, 0.34749]
+np.testing.assert_allclose(exact, jaynes, atol=1e-5)
+found = die.logits.softmax(0).detach().cpu().numpy()
+assert np.abs(found - exact).max() < 0.02, found
+print("the textbook's die:", np.round(exact, 4))
+print("trained: every face within 0.02")
 
 # %% [markdown]
 # Before it trains, `calibrate` draws samples and checks that `log_prob` belongs to
@@ -616,8 +620,8 @@ plt.show()
 # A glimpse, live. If the model is not at hand the recorded results below still stand.
 
 # %%
-world = TALES["cpu"]
-at_hand = models.available(world.model)
+world = TALES[runtime.scale()]
+at_hand = models.available(world.model, fetch=world is not TALES["cpu"])
 if at_hand:
     teller = experiment.storyteller(world)
     torch.manual_seed(0)
@@ -630,15 +634,15 @@ else:
 
 # %%
 if at_hand:
-    few = dataclasses.replace(world.training, steps=6)
+    few = dataclasses.replace(world.training, steps=5)
     torch.manual_seed(0)
     run = cgm.calibrate(
         teller,
         teller.gender_constraints,
         torch.zeros(len(world.trained)),
         CalibrationSettings(
-            "relax", few, kl_weight=0.1, violation_baseline=True,
-            check_samples=0,
+            "relax", few, kl_weight=1.0, violation_baseline=True,
+            score_chunk=world.score_chunk, check_samples=0,
         ),
         strata=lambda samples: samples.prompt,
     )
@@ -647,7 +651,7 @@ if at_hand:
               f"  KL {step['kl']:5.2f}")
 
 # %% [markdown]
-# The violation of a batch of 64 is a noisy thing. The records hold the full runs: five
+# The violation of one batch is a noisy thing. The records hold the full runs: five
 # seeds, fresh stories of every model.
 
 # %% mystnb={"image": {"alt": "Share of stories about a woman minus share about a man, for four trained and three held-out professions, before and after calibration, one dot a seed. Before, doctor and pilot are strongly male, nurse and teacher strongly female. After relax the trained professions lie close to zero."}} tags=["hide-input"]
@@ -664,7 +668,8 @@ def imbalance(arm, profession):
     return female - of_arm.values(f"male/{profession}")
 
 
-professions = [*world.trained, *world.held_out]
+recorded = TALES["cpu"]
+professions = [*recorded.trained, *recorded.held_out]
 fig, ax = plt.subplots(figsize=(7, 3.8))
 for i, arm in enumerate(tale_arms):
     for k, profession in enumerate(professions):
@@ -676,7 +681,7 @@ for i, arm in enumerate(tale_arms):
             label=arm if k == 0 else None,
         )
 ax.axhline(0, color="grey", linewidth=1)
-ax.axvline(len(world.trained) - 0.5, color="grey", linestyle=":")
+ax.axvline(len(recorded.trained) - 0.5, color="grey", linestyle=":")
 ax.set_xticks(range(len(professions)), professions)
 ax.set(ylim=(-1.3, 1.05), ylabel="P(female) − P(male)")
 ax.text(1.5, -1.22, "trained", ha="center")
@@ -706,7 +711,7 @@ def tale(arm, metric):
 
 relax_arm = next(arm for arm in tale_arms if arm.startswith("relax"))
 reward_arm = next(arm for arm in tale_arms if arm.startswith("reward"))
-noise = math.sqrt(2 / (math.pi * world.evaluation_samples))
+noise = math.sqrt(2 / (math.pi * recorded.evaluation_samples))
 possible = tale("base", "smallest_kl")
 
 
@@ -720,7 +725,7 @@ Markdown(
 Relax removes {tale_cut(relax_arm):.0%} of the imbalance of the trained
 professions, reward {tale_cut(reward_arm):.0%}. A perfectly balanced model
 would still show a mean imbalance of about {noise:.2f} with
-{world.evaluation_samples} stories a profession. The closest calibrated
+{recorded.evaluation_samples} stories a profession. The closest calibrated
 model has a KL of {possible:.2f} nats; relax ends at
 {tale(relax_arm, "kl"):.2f} and reward at {tale(reward_arm, "kl"):.2f}.
 """
@@ -914,63 +919,53 @@ print(f"with strata:  {cured.mean() / truth:.1f}")
 
 
 # %% [markdown]
-# **2. A rare event.** The right bump has a mass of 0.001 and should have 0.5. Train
-# relax with batches of 100. What happens, and why? Then reach the same target by
-# raising $h^*$ in steps.
-
-# %% tags=["hide-cell", "nbval-check-output"]
-def rare(targets, steps):
-    torch.manual_seed(1)
-    model = mixture.two_bumps(0.001)
-    for goal in targets:
-        few = TrainingSettings(
-            steps=steps, batch_size=100, learning_rate=0.03,
-            max_grad_norm=None,
-        )
-        cgm.calibrate(
-            model, mixture.right_of_zero, torch.tensor([goal]),
-            CalibrationSettings(
-                "relax", few, kl_weight=1e-3, check_samples=0
-            ),
-        )
-    return float(model.mass_right_of_zero().detach())
-
-
-at_once = rare([0.5], 150)
-in_steps = rare([0.01, 0.03, 0.1, 0.25, 0.5], 150)
-print("at once reaches 0.4: ", at_once > 0.4)
-print("in steps reaches 0.4:", in_steps > 0.4)
-
-# %% [markdown]
-# With one positive in a thousand, most batches of a hundred have none, and a batch
-# without positives has no gradient of the violation at all: $y_i$ is the same for every
-# sample, and what is left is noise. Note that restarting from the tilted model makes it
-# the *new base*: the KL paid is the sum over the steps.
-#
-# **3. What is the baseline on the violation worth?** Measure the variance of the
+# **2. What is the baseline on the violation worth?** Measure the variance of the
 # gradient on a frozen model, with many batches, not by final scores.
 
 # %% tags=["hide-cell", "nbval-check-output"]
-torch.manual_seed(0)
-frozen = mixture.two_bumps(0.3)
-score = lambda x: frozen.log_prob(x).sum()
-variances = {}
-for with_baseline in (False, True):
-    gradients = []
-    for _ in range(2000):
-        x = frozen.sample(64)
+def gradients(right, baseline, n=100, batches=2000):
+    """Violation gradients in one weight of a frozen mixture."""
+    torch.manual_seed(0)
+    frozen, found = mixture.two_bumps(right), []
+    goal = torch.tensor([0.5])
+    for _ in range(batches):
+        x = frozen.sample(n)
         c = objective.violation_coefficients(
-            mixture.right_of_zero(x), TARGET, baseline=with_baseline
+            mixture.right_of_zero(x), goal, baseline=baseline
         )
         loss = (c * frozen.log_prob(x)).sum()
-        gradients.append(torch.autograd.grad(loss, frozen.logits)[0])
-    variances[with_baseline] = float(torch.stack(gradients).var(0).sum())
-kept = variances[True] / variances[False]
-print("the baseline lowers the variance:", kept < 1)
-print(f"to about {kept:.1f} of what it was")
+        (gradient,) = torch.autograd.grad(loss, frozen.logits)
+        found.append(gradient[0, 1])
+    return torch.stack(found)
+
+
+plain, based = gradients(0.3, False), gradients(0.3, True)
+error = float((plain.var() / len(plain)).sqrt())
+print("same mean:", bool((plain.mean() - based.mean()).abs() < 5 * error))
+print(f"variance with / without: {based.var() / plain.var():.1f}")
+
+# %% [markdown]
+# **3. A rare event.** Relax learns only from positives that it draws. Let the right
+# bump have a mass $p$ of 0.1, 0.01 or 0.001 and ask for 0.5, with batches of 100. How
+# does the signal-to-noise ratio of one gradient depend on $p$? What does that mean for
+# the number of steps?
+
+# %% tags=["hide-cell", "nbval-check-output"]
+for p in (0.1, 0.01, 0.001):
+    g = gradients(p, baseline=True)
+    ratio = float(g.mean().abs() / g.std())
+    empty = (1 - p) ** 100
+    print(f"p = {p:5}: batches without a positive {empty:4.0%}, "
+          f"signal / noise over sqrt(n p): {ratio / (100 * p) ** 0.5:.0f}")
 
 
 # %% [markdown]
+# The signal-to-noise ratio is about $\sqrt{np}$, the root of the number of positives in a batch, so the
+# samples needed to see a direction grow like $1/p$. Raising $h^*$ in steps would not
+# help: it is the event that is out of reach, not the target. And since Adam divides by
+# the size of the gradient, batches without any positive do not leave the model alone;
+# they let it wander.
+#
 # **4. Reward in many dimensions.** The convex hull of $N$ samples must contain $h^*$.
 # Take $d$ independent fair coins, the target 0.6 for each, and $N = 200$. How does the
 # chance that the dual has a solution fall with $d$?
@@ -1031,7 +1026,6 @@ try:
             "mean_abs_imbalance": "imbalance, trained",
             "held_out_imbalance": "imbalance, held out",
             "kl": "KL (nats)",
-            "smallest_kl": "smallest KL",
             "name_fits_pronoun": "name fits pronoun",
         },
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ftlib import runtime
 from ftlib.cgm import objective
 from ftlib.cgm.dual import Tilt, solve_dual
 from ftlib.cgm.settings import CalibrationSettings
@@ -34,6 +35,9 @@ class Generative(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters, as every module has them."""
+
+    def to(self, device: torch.device, /) -> Any:
+        """Move the parameters, as every module does."""
 
 
 Model = TypeVar("Model", bound=Generative)
@@ -71,10 +75,11 @@ def calibrate(
     strata: Callable[[Samples], Tensor] | None = None,
     directory: Path | None = None,
 ) -> Calibration:
-    """Fine-tune a model, in place, until E[h] is the target.
+    """Fine-tune a model in place until E[h] is the target.
 
     Args:
-        model: a module with ``sample`` and ``log_prob`` (:class:`Generative`).
+        model: a module with ``sample`` and ``log_prob`` (:class:`Generative`); it is
+            moved to :func:`ftlib.runtime.device`.
         h: maps n samples to their statistics, float [n, d].
         target: float [d].
         settings: which loss, its weight, and how to train.
@@ -92,7 +97,9 @@ def calibrate(
         InfeasibleTargetError, RedundantConstraintError: see ``solve_dual``.
     """
     base = frozen_copy(model)
-    target = target.to(next(model.parameters()).device)
+    for module in (model, base):
+        module.to(runtime.device())
+    target = target.to(runtime.device())
     if settings.check_samples:
         check_scores(model, settings.check_samples)
     tilt = None

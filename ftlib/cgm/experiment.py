@@ -115,22 +115,32 @@ def story_arms(world: StorySettings = STORIES) -> list[Arm]:
     forward = story_settings(
         "forward_kl", dual_samples=max(world.dual_samples), world=world
     )
-    fine_tunings: dict[str, FineTuning] = {
-        arm_name(settings): partial(calibrate_stories, settings)
-        for settings in [*relax, baseline, *reward, forward]
-    }
-    imitation = world.training(STORY_LEARNING_RATES["balanced SFT"])
-    fine_tunings["base"] = lambda model: None
-    fine_tunings["balanced SFT"] = partial(imitate_balanced, imitation)
-    return [
-        Arm(
-            "stories",
-            name,
-            {**dataclasses.asdict(world), **STORY_LEARNING_RATES, "arm": name},
-            partial(_run_stories, world, fine_tune),
-        )
-        for name, fine_tune in fine_tunings.items()
+    arms = [
+        _story_arm(arm_name(s), s.training, partial(calibrate_stories, s), world)
+        for s in [*relax, baseline, *reward, forward]
     ]
+    imitation = world.training(STORY_LEARNING_RATES["balanced SFT"])
+    imitate = partial(imitate_balanced, imitation)
+    return [
+        _story_arm("base", None, lambda model: None, world),
+        *arms,
+        _story_arm("balanced SFT", imitation, imitate, world),
+    ]
+
+
+def _story_arm(
+    name: str,
+    training: TrainingSettings | None,
+    fine_tune: FineTuning,
+    world: StorySettings,
+) -> Arm:
+    rate = {"learning_rate": training.learning_rate} if training else {}
+    return Arm(
+        "stories",
+        name,
+        {**dataclasses.asdict(world), **rate, "arm": name},
+        partial(_run_stories, world, fine_tune),
+    )
 
 
 def story_settings(

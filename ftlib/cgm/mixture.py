@@ -64,13 +64,13 @@ class GaussianMixture(nn.Module):
         """KL(self‖base) in nats by quadrature: exact to about 1e-9 in float64."""
         reach = float((self.means.abs() + 12 * self.log_scales.exp()).max())
         x = torch.linspace(-reach, reach, 20_001, dtype=torch.float64)
-        grid = x.to(self.means.device)[:, None].expand(-1, len(self.logits))
+        grid = x[:, None].expand(-1, len(self.logits))
         here = self.double_copy()._log_density(grid)
         there = base.double_copy()._log_density(grid)
         return float(torch.trapezoid(here.exp() * (here - there), grid, dim=0).sum())
 
     def double_copy(self) -> GaussianMixture:
-        """A float64 copy with a single set of values, for exact evaluation."""
+        """A float64 copy on the CPU, for exact evaluation."""
         copy = GaussianMixture(
             torch.ones(self.logits.shape[1]),
             torch.zeros(self.logits.shape[1]),
@@ -78,7 +78,7 @@ class GaussianMixture(nn.Module):
             len(self.logits),
         ).double()
         copy.load_state_dict(self.state_dict())
-        return copy.to(self.logits.device)
+        return copy
 
 
 def two_bumps(

@@ -151,7 +151,7 @@ STORIES = StorySettings()
 TRIED_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 TUNING_SEED = 1000
 STORY_LEARNING_RATES = {
-    "relax": 1e-4,
+    "relax": 3e-4,
     "reward": 3e-4,
     "forward_kl": 3e-4,
     "balanced SFT": 3e-4,
