@@ -153,8 +153,8 @@ TUNING_SEED = 1000
 STORY_LEARNING_RATES = {
     "relax": 3e-4,
     "reward": 3e-4,
-    "forward_kl": 3e-4,
-    "balanced SFT": 3e-4,
+    "forward_kl": 1e-3,
+    "balanced SFT": 1e-3,
 }
 
 # The paper's professions (its code, gemma/).
