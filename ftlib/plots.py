@@ -161,11 +161,10 @@ def _seeds_and_mean(
     face, marker = colour(index), arm_style(index)["marker"]
     ax.scatter(x, y, s=18, color=face, marker=marker, alpha=0.5, linewidths=0)
     (x_mean, x_reach), (y_mean, y_reach) = _mean_and_reach(x), _mean_and_reach(y)
-    ax.errorbar(
+    ax.errorbar([x_mean], [y_mean], xerr=x_reach, yerr=y_reach, color=face, fmt="none")
+    ax.plot(
         [x_mean],
         [y_mean],
-        xerr=x_reach,
-        yerr=y_reach,
         label=label,
         color=face,
         marker=marker,

@@ -7,7 +7,6 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
-from matplotlib.container import ErrorbarContainer
 
 from ftlib import plots
 from ftlib.results import Metric, NotRecordedError, Record, Results, bootstrap
@@ -56,8 +55,7 @@ TWO_ARMS = results_of(
 
 def means(ax):
     """Return the mean marker of every arm as (x, y)."""
-    lines = [c[0] for c in ax.containers if isinstance(c, ErrorbarContainer)]
-    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
 
 
 def spans(ax):
@@ -118,7 +116,7 @@ def test_seed_points(ax):
     assert np.allclose(y_span, [[3, interval.low], [3, interval.high]])
     assert np.allclose(x_span, [[3, 0.3], [3, 0.3]])
     assert ax.get_legend_handles_labels()[1] == ["relax"]
-    assert ax.containers[0][0].get_marker() == plots.arm_style(1)["marker"]
+    assert ax.lines[0].get_marker() == plots.arm_style(1)["marker"]
 
 
 def test_one_seed_has_a_mean_and_no_interval(ax):

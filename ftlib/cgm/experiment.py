@@ -385,7 +385,7 @@ def evaluate_tales(
         **report,
         "mean_abs_imbalance": tales.mean_abs_imbalance(report, world.trained),
         "held_out_imbalance": tales.mean_abs_imbalance(report, world.held_out),
-        "smallest_kl": tales.smallest_kl(report, world.trained),
+        "kl_to_balance": tales.kl_to_balance(report, world.trained),
         "kl": Metric(float(kl.mean()), total),
         "kl_error": Metric(float(kl.std()) / total**0.5, total),
     }

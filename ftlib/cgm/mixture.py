@@ -48,6 +48,7 @@ class GaussianMixture(nn.Module):
         """Log-density [n] of points [n, D]."""
         return self._log_density(x).sum(-1)
 
+    @torch.no_grad()
     def mass_right_of_zero(self) -> Tensor:
         """P(x_d > 0) for every coordinate, [D], exactly."""
         z = self.means * (-self.log_scales).exp()

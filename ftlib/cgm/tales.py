@@ -115,8 +115,8 @@ def sequence_kl(
     return torch.cat([model.kl_from(base, part) for part in chunks(drawn, chunk)])
 
 
-def smallest_kl(report: Mapping[str, Metric], professions: Sequence[str]) -> float:
-    """KL in nats of the closest calibrated model, from the base's measured shares."""
+def kl_to_balance(report: Mapping[str, Metric], professions: Sequence[str]) -> float:
+    """Smallest KL in nats that balancing a model takes, from its measured shares."""
     female = [report[f"female/{name}"].value for name in professions]
     male = [report[f"male/{name}"].value for name in professions]
     return float(balanced_kl(np.array(female), np.array(male)).mean())

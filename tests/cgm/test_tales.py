@@ -120,11 +120,11 @@ def test_report_where_no_text_tells_is_not_a_number(teller, monkeypatch):
     assert report["name_fits_pronoun"].n == 0
 
 
-def test_smallest_kl_comes_from_the_shares():
+def test_kl_to_balance_comes_from_the_shares():
     shares = {"female/doctor": 0.2, "male/doctor": 0.7}
     report = {name: Metric(value, 100) for name, value in shares.items()}
     expected = -math.log(0.1 + 2 * math.sqrt(0.14))
-    assert tales.smallest_kl(report, ["doctor"]) == pytest.approx(expected)
+    assert tales.kl_to_balance(report, ["doctor"]) == pytest.approx(expected)
 
 
 def test_asking_about_others_keeps_the_weights(teller):
