@@ -146,7 +146,7 @@ def test_frontier(ax):
     interval = bootstrap([5.0, 4.0, 2.0])
     assert np.allclose(np.array(spans(ax)[0][1])[:, 1], interval[1:3])
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["λ = 1", "b"]
-    markers = [container[0].get_marker() for container in ax.containers]
+    markers = [line.get_marker() for line in ax.lines]
     assert markers == [plots.arm_style(0)["marker"], plots.arm_style(1)["marker"]]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("kl", "violation")
     x_low, x_high = ax.get_xlim()
