@@ -311,7 +311,7 @@ print("the forty lines and ftlib.cgm.objective agree:", ours.shape)
 # Ten samples from a fair coin, target 0.8. The true violation is 0.09. Below are
 # 20,000 estimates of each kind.
 
-# %% mystnb={"image": {"alt": "How often each value of two estimates of the violation occurred among 20,000 batches of ten coin flips. The mean of the U-statistic falls on the true value 0.09, and some of its values are below zero. The plug-in is the same curve moved to the right; it is never negative and its mean is about 0.115, too large."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Stems show how often each value of two estimates of the violation occurred among 20,000 batches of ten coin flips. The mean of the U-statistic falls on the true value 0.09, and some of its values are below zero. The plug-in has the same stems moved to the right; it is never negative and its mean is about 0.115, too large."}} tags=["hide-input"]
 torch.manual_seed(0)
 batches = torch.rand(20_000, 10, 1).lt(0.5).double()
 goal = torch.tensor([0.8], dtype=torch.float64)
@@ -324,8 +324,13 @@ estimates = [("U-statistic", unbiased), ("plug-in", plug_in)]
 for i, (name, values) in enumerate(estimates):
     value, count = np.unique(values.numpy().round(6), return_counts=True)
     style = plots.arm_style(i)
-    label = f"{name}: mean {values.mean():.3f}"
-    ax.plot(value, count, label=label, **style)
+    ax.vlines(
+        value, 0, count, style["color"], linestyles=style["linestyle"]
+    )
+    ax.plot(
+        value, count, style["marker"], color=style["color"],
+        label=f"{name}: mean {values.mean():.3f}",
+    )
 ax.axvline(0.09, color="black", linewidth=1, label="true violation")
 ax.axvline(0, color="grey", linewidth=1, linestyle=":")
 ax.set(xlabel="estimated violation", ylabel="batches of 20,000")
@@ -492,7 +497,8 @@ for name in ("relax λ=0.3", "reward N=4096", "balanced SFT"):
 # A new base model is trained for every seed, so the spread includes that of the base.
 # Each arm shows its seeds, and the mean with a 95 % bootstrap interval. Never look at
 # the violation alone: a model can always buy it with KL. The dashed line is the KL
-# that no calibrated model can go below; the star is the exact optimum, whose imbalance
+# that no calibrated model can go below (whoever stands to its left is not calibrated
+# yet); the star is the exact optimum, whose imbalance
 # of zero lies below any logarithmic axis.
 
 # %% tags=["hide-input"]
@@ -699,10 +705,10 @@ for i, arm in enumerate(tale_arms):
 ax.axhline(0, color="grey", linewidth=1)
 ax.axvline(len(recorded.trained) - 0.5, color="grey", linestyle=":")
 ax.set_xticks(range(len(professions)), professions)
-ax.set(ylim=(-1.3, 1.05), ylabel="P(female) − P(male)")
+ax.set(ylim=(-1.3, 1), ylabel="P(female) − P(male)")
 ax.text(1.5, -1.22, "trained", ha="center")
 ax.text(5, -1.22, "held out", ha="center")
-ax.legend(ncols=3, loc="upper right")
+ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% tags=["hide-input"]
@@ -760,27 +766,26 @@ way. Name and pronoun agree as often as before.
 # On the mixture everything is exact, so the sweep can be laid over the theory of the
 # equations above: no fit, no free parameter.
 
-# %% mystnb={"image": {"alt": "Two panels over lambda on a logarithmic axis. Left: the shortfall of the mass right of zero below 0.8; the trained models of five seeds follow the theoretical curve down to about 0.01. Right: KL from the base; it follows the curve up to the limit 0.193, with a small overshoot at the smallest lambda."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two panels over lambda on a logarithmic axis. Left: the mass right of zero; the trained models of five seeds follow the theoretical curve from 0.6 at lambda 1 up to the target 0.8, a dashed line. Right: KL from the base; it follows the curve up to the dashed limit 0.193 and lies a little above it at the smallest lambda."}} tags=["hide-input"]
 mixture_records = records.select(experiment="mixture")
 coin = torch.tensor([[0.0], [1.0]])
 grid = np.geomspace(1e-3, 1, 60)
 curve = [solve_dual(coin, TARGET, kl_weight=w) for w in grid]
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2))
-left.plot(grid, [0.8 - t.mean[0] for t in curve], color="grey")
+left.plot(grid, [t.mean[0] for t in curve], color="grey")
 right.plot(grid, [t.kl for t in curve], color="grey", label="theory")
 for weight in MIXTURE.kl_weights:
     arm = mixture_records.select(arm=f"relax λ={weight:g}")
-    plots.seed_points(left, weight, 0.8 - arm.values("mass"))
+    plots.seed_points(left, weight, arm.values("mass"))
     plots.seed_points(
         right,
         weight,
         arm.values("kl"),
         label="trained, five seeds" if weight == 1 else None,
     )
+left.axhline(0.8, color="black", linestyle="--", linewidth=1)
 right.axhline(tilt.kl, color="black", linestyle="--", linewidth=1)
-left.set(xscale="log", yscale="symlog", xlabel="λ")
-left.set_yscale("symlog", linthresh=1e-3)
-left.set_ylabel("shortfall 0.8 − E[h]")
+left.set(xscale="log", xlabel="λ", ylabel="mass right of zero")
 right.set(xscale="log", xlabel="λ", ylabel="KL from the base (nats)")
 right.legend()
 plt.show()
