@@ -846,7 +846,8 @@ print("1/N law holds within 10 % from N = 300:",
 # %% [markdown]
 # ## Paper beside ours
 #
-# Settings first. The paper's come from its code; they are data here, never run.
+# Settings first. The paper's come from its code, which trains LoRA weights of rank 32;
+# they are data here, never run. Ours train all weights.
 
 # %% tags=["hide-input"]
 fields = [
