@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def calibrate(
         settings: which loss, its weight, and how to train.
         strata: maps samples to the prompt each answers, integer [n], where ``sample``
             deals prompts out in fixed numbers.
-        directory: where to keep checkpoints; a second call resumes from them.
+        directory: where to keep checkpoints, and the tilt if one is solved; a second
+            call, with the model as it was at first, resumes from them.
 
     Returns:
         The base model, the history and, where one was solved, the dual.
@@ -102,10 +104,7 @@ def calibrate(
     target = target.to(runtime.device())
     if settings.check_samples:
         check_scores(model, settings.check_samples)
-    tilt = None
-    if settings.dual_samples is not None:
-        drawn = statistics(h, base.sample(settings.dual_samples))
-        tilt = solve_dual(drawn, target)
+    tilt = _tilt(base, h, target, settings, directory)
     loss = OnPolicyLoss(model, base, h, target, settings, tilt, strata)
     history = train(
         Scorer(model, settings.score_chunk),
@@ -116,6 +115,28 @@ def calibrate(
         label=settings.loss,
     )
     return Calibration(base, history, tilt)
+
+
+def _tilt(
+    base: Generative,
+    h: Statistic,
+    target: Tensor,
+    settings: CalibrationSettings,
+    directory: Path | None,
+) -> Tilt | None:
+    """Solve the dual where the loss needs one; a run that is resumed keeps its tilt."""
+    if settings.dual_samples is None:
+        return None
+    kept = directory / "tilt.json" if directory else None
+    if kept and kept.exists():
+        return Tilt.from_json(kept.read_text())
+    tilt = solve_dual(statistics(h, base.sample(settings.dual_samples)), target)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f"tilt-{os.getpid()}.partial")
+        partial.write_text(tilt.to_json())
+        partial.replace(kept)
+    return tilt
 
 
 class OnPolicyLoss:

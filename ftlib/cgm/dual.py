@@ -6,6 +6,8 @@ p_base, with equal weights, or an enumeration with exact ones.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +49,18 @@ class Tilt:
     mean: Array
     kl: float
     effective_samples: float
+
+    def to_json(self) -> str:
+        """Write the tilt as JSON, without loss of digits."""
+        values = dataclasses.asdict(self)
+        return json.dumps(values, default=lambda array: array.tolist())
+
+    @classmethod
+    def from_json(cls, text: str) -> Tilt:
+        """Undo :meth:`to_json`."""
+        values = json.loads(text)
+        arrays = {name: np.array(values[name]) for name in ("alpha", "mean")}
+        return cls(**{**values, **arrays})
 
 
 def solve_dual(
