@@ -50,6 +50,7 @@ print(runtime.report())
 # %% tags=["hide-input"]
 import dataclasses
 import math
+import textwrap
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -404,11 +405,11 @@ h = torch.eye(3)[[0, 1, 2, 1, 0, 2]]  # one-hot classes
 try:
     solve_dual(h, torch.full((3,), 1 / 3))
 except RedundantConstraintError as problem:
-    print("redundant: ", problem)
+    print(textwrap.fill(f"redundant: {problem}", 70))
 try:
     solve_dual(h[:, :2], torch.tensor([0.7, 0.7]))
 except InfeasibleTargetError as problem:
-    print("infeasible:", str(problem)[:63])
+    print(textwrap.fill(f"infeasible: {problem}", 70))
 
 # %% [markdown]
 # ## Train it against fair baselines
@@ -445,7 +446,6 @@ except InfeasibleTargetError as problem:
 
 # %%
 teller = experiment.story_base(STORIES, seed=0)
-before = stories.exact(teller)
 torch.manual_seed(0)
 for tokens in teller.sample(4).tokens:
     print(stories.decode(tokens))
