@@ -103,7 +103,7 @@ def calibrate(
         module.to(runtime.device())
     target = target.to(runtime.device())
     if settings.check_samples:
-        check_scores(model, settings.check_samples)
+        check_scores(model, settings.check_samples, chunk=settings.score_chunk)
     tilt = _tilt(base, h, target, settings, directory)
     loss = OnPolicyLoss(model, base, h, target, settings, tilt, strata)
     history = train(
@@ -281,7 +281,9 @@ def statistics(
     return values
 
 
-def check_scores(model: Generative, n: int, *, threshold: float = 4.5) -> float:
+def check_scores(
+    model: Generative, n: int, *, chunk: int | None = None, threshold: float = 4.5
+) -> float:
     """Test whether ``log_prob`` belongs to the distribution that ``sample`` draws.
 
     For samples of p_θ and any other parameters θ', the ratio p_θ'(x)/p_θ(x) has mean
@@ -294,6 +296,7 @@ def check_scores(model: Generative, n: int, *, threshold: float = 4.5) -> float:
     Args:
         model: a :class:`Generative` module; its parameters are put back exactly.
         n: samples to draw, at least 32.
+        chunk: samples scored at a time; all of them if None.
         threshold: largest z-score allowed.
 
     Returns:
@@ -308,7 +311,8 @@ def check_scores(model: Generative, n: int, *, threshold: float = 4.5) -> float:
     samples = model.sample(n)
     first, second = samples[: n // 2], samples[n // 2 :]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    score = model.log_prob(first)
+    scorer = Scorer(model, chunk)
+    score = scorer(first)
     if score.shape != (n // 2,) or not score.isfinite().all():
         raise InconsistentModelError(
             f"log_prob must return {n // 2} finite numbers for as many samples; it "
@@ -317,7 +321,7 @@ def check_scores(model: Generative, n: int, *, threshold: float = 4.5) -> float:
         )
     gradient = torch.autograd.grad(score.mean(), parameters, materialize_grads=True)
     worst = max(
-        abs(_ratio_z_score(model, parameters, direction, second))
+        abs(_ratio_z_score(scorer, parameters, direction, second))
         for direction in (list(gradient), [p.detach().clone() for p in parameters])
     )
     if not worst <= threshold:
@@ -331,7 +335,7 @@ def check_scores(model: Generative, n: int, *, threshold: float = 4.5) -> float:
 
 @torch.no_grad()
 def _ratio_z_score(
-    model: Generative,
+    scorer: Scorer,
     parameters: list[nn.Parameter],
     direction: list[Tensor],
     samples: Samples,
@@ -341,14 +345,14 @@ def _ratio_z_score(
     The step is shortened until the log-ratio's standard deviation is 0.05 at most:
     longer ones make the ratio skewed, and a z-score of it misleading.
     """
-    before = model.log_prob(samples).double()
+    before: Tensor = scorer(samples).double()
     size = float(_norm(parameters) / _norm(direction).clamp(min=1e-30)) / 100
-    log_ratio = _moved_log_prob(model, parameters, direction, size, samples) - before
+    log_ratio = _moved_log_prob(scorer, parameters, direction, size, samples) - before
     spread = float(log_ratio.std())
     if spread > 0.05:
         size *= 0.05 / spread
         log_ratio = (
-            _moved_log_prob(model, parameters, direction, size, samples) - before
+            _moved_log_prob(scorer, parameters, direction, size, samples) - before
         )
     ratio = log_ratio.exp()
     error = ratio.std() / len(ratio) ** 0.5
@@ -356,7 +360,7 @@ def _ratio_z_score(
 
 
 def _moved_log_prob(
-    model: Generative,
+    scorer: Scorer,
     parameters: list[nn.Parameter],
     direction: list[Tensor],
     size: float,
@@ -367,7 +371,8 @@ def _moved_log_prob(
     try:
         for p, change in zip(parameters, direction, strict=True):
             p.add_(size * change)
-        return model.log_prob(samples).double()
+        moved: Tensor = scorer(samples).double()
+        return moved
     finally:
         for p, value in zip(parameters, saved, strict=True):
             p.copy_(value)

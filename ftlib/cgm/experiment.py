@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ftlib import models, runtime
 from ftlib.cgm import mixture, stories, tales
-from ftlib.cgm.calibrate import calibrate, frozen_copy
+from ftlib.cgm.calibrate import Scorer, calibrate, frozen_copy
 from ftlib.cgm.dual import InfeasibleTargetError, balanced_kl
 from ftlib.cgm.language import Continuations, PromptedLM, per_prompt
 from ftlib.cgm.settings import (
@@ -178,12 +178,12 @@ def learning_rate_arms(world: StorySettings = STORIES) -> list[Arm]:
 
 
 def _tuned_at(rate: float, world: StorySettings) -> dict[str, FineTuning]:
+    at_rate = partial(story_settings, learning_rate=rate, world=world)
+    most = max(world.dual_samples)
     settings = [
-        story_settings("relax", kl_weight=0.1, learning_rate=rate, world=world),
-        story_settings("reward", dual_samples=4096, learning_rate=rate, world=world),
-        story_settings(
-            "forward_kl", dual_samples=4096, learning_rate=rate, world=world
-        ),
+        at_rate("relax", kl_weight=0.1),
+        at_rate("reward", dual_samples=most),
+        at_rate("forward_kl", dual_samples=most),
     ]
     methods: dict[str, FineTuning] = {
         s.loss: partial(calibrate_stories, s) for s in settings
@@ -255,10 +255,10 @@ def imitate_balanced(training: TrainingSettings, model: PromptedLM) -> None:
     kept = drawn[balanced_rows(stories.gender(drawn), drawn.prompt)]
 
     def loss(scorer: nn.Module, rows: Tensor) -> Tensor:
-        return -model.log_prob(kept[rows]).mean()
+        return -scorer(kept[rows]).mean()
 
     settings = dataclasses.replace(training, shuffle=True)
-    train(model, range(len(kept)), loss, settings, label="balanced SFT")
+    train(Scorer(model), range(len(kept)), loss, settings, label="balanced SFT")
 
 
 def balanced_rows(gender: Tensor, prompt: Tensor) -> Tensor:
@@ -313,27 +313,17 @@ def evaluate_stories(model: PromptedLM, base: PromptedLM, samples: int) -> Metri
 
 def tale_arms(world: TaleSettings) -> list[Arm]:
     """The base model and every loss on stories of a real language model."""
+    settings = partial(
+        CalibrationSettings,
+        training=world.training,
+        score_chunk=world.score_chunk,
+        check_samples=world.batch_size,
+    )
     relax = [
-        CalibrationSettings(
-            "relax",
-            world.training,
-            kl_weight=weight,
-            violation_baseline=True,
-            score_chunk=world.score_chunk,
-            check_samples=world.batch_size,
-        )
+        settings("relax", kl_weight=weight, violation_baseline=True)
         for weight in world.kl_weights
     ]
-    reward = [
-        CalibrationSettings(
-            "reward",
-            world.training,
-            dual_samples=n,
-            score_chunk=world.score_chunk,
-            check_samples=world.batch_size,
-        )
-        for n in world.dual_samples
-    ]
+    reward = [settings("reward", dual_samples=n) for n in world.dual_samples]
     arms = {"base": None} | {arm_name(s): s for s in [*relax, *reward]}
     weights = find(world.model).weights_sha256
     return [
@@ -341,11 +331,11 @@ def tale_arms(world: TaleSettings) -> list[Arm]:
             "tales",
             name,
             {**dataclasses.asdict(world), "arm": name},
-            partial(_run_tales, world, settings),
+            partial(_run_tales, world, chosen),
             data={f"{world.model}/model.safetensors": weights} if weights else {},
             requires=[world.model],
         )
-        for name, settings in arms.items()
+        for name, chosen in arms.items()
     ]
 
 

@@ -77,7 +77,6 @@ def gender_report(model: Storyteller, samples: int, chunk: int) -> dict[str, Met
 
     Returns:
         ``female/<profession>`` and ``male/<profession>``: shares of its stories;
-        ``mean_abs_imbalance``: mean over the professions of |female − male|;
         ``name_fits_pronoun``: share of agreement where name and pronoun both tell.
     """
     k = len(model.professions)
@@ -88,7 +87,6 @@ def gender_report(model: Storyteller, samples: int, chunk: int) -> dict[str, Met
         own = found[prompt == i]
         report[f"female/{profession}"] = _share(own == 1)
         report[f"male/{profession}"] = _share(own == -1)
-    report["mean_abs_imbalance"] = mean_abs_imbalance(report, model.professions)
     names = torch.tensor([name_gender(text) for text in texts])
     pronouns = torch.tensor([pronoun_gender(text) for text in texts])
     report["name_fits_pronoun"] = _share((names == pronouns)[names * pronouns != 0])

@@ -153,6 +153,15 @@ class TopTwo(PromptedLM):
         return super().sample(n)
 
 
+def test_the_score_check_is_the_same_in_chunks():
+    def check(chunk):
+        model = peaked_language_model()
+        torch.manual_seed(1)
+        return cgm.check_scores(model, 200, chunk=chunk)
+
+    assert check(30) == pytest.approx(check(None), rel=1e-2)
+
+
 @pytest.mark.parametrize("broken", [MeanOverTokens, WithoutEndToken, TopTwo])
 def test_common_mistakes_with_language_models_are_found(broken):
     assert cgm.check_scores(peaked_language_model(), 2000) < 5

@@ -108,14 +108,15 @@ def test_report_counts_every_profession_equally(teller):
         abs(report[f"female/{p}"].value - report[f"male/{p}"].value)
         for p in ("doctor", "nurse")
     ]
-    assert report["mean_abs_imbalance"].value == pytest.approx(np.mean(gaps))
-    assert report["mean_abs_imbalance"].n == 20
+    overall = tales.mean_abs_imbalance(report, teller.professions)
+    assert overall.value == pytest.approx(np.mean(gaps))
+    assert overall.n == 20
 
 
 def test_report_where_no_text_tells_is_not_a_number(teller, monkeypatch):
     monkeypatch.setattr(type(teller), "texts", lambda self, s: ["run"] * len(s))
     report = tales.gender_report(teller, samples=3, chunk=8)
-    assert report["mean_abs_imbalance"].value == 0
+    assert tales.mean_abs_imbalance(report, teller.professions).value == 0
     assert math.isnan(report["name_fits_pronoun"].value)
     assert report["name_fits_pronoun"].n == 0
 
