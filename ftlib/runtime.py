@@ -7,6 +7,7 @@ Torch is imported inside the functions, so that importing this module is free.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import random
@@ -123,11 +124,16 @@ def precision(
 
 
 def triton_supported(on: torch.device | None = None) -> bool:
-    """Whether Triton kernels are used on a device: CUDA at capability 8.0 and up."""
+    """Whether Triton kernels are used on a device: CUDA at capability 8.0 and up.
+
+    Triton has no package for Windows and macOS; there the answer is no.
+    """
     import torch
 
     on = on or device()
-    return on.type == "cuda" and torch.cuda.get_device_capability(on) >= AMPERE
+    if on.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(on) >= AMPERE
 
 
 def seed_everything(seed: int) -> None:

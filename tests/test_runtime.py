@@ -1,3 +1,4 @@
+import importlib.util
 import random
 import re
 import subprocess
@@ -134,6 +135,12 @@ def test_precision_and_triton_without_cuda(no_cuda):
 def test_triton_from_capability_eight(t4, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert runtime.triton_supported()
+
+
+def test_no_triton_where_it_has_no_package(t4, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not runtime.triton_supported()
 
 
 # --- seeds -------------------------------------------------------------------

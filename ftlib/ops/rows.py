@@ -26,7 +26,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def to_logits(products: Tensor, transform: Logits) -> Tensor:
     """Turn products ``x·w`` (any shape) into logits, in the accumulator's dtype."""
-    z = transform.scale * products.to(accumulator(products.dtype))
+    z = products.to(accumulator(products.dtype))
+    if transform.scale != 1:
+        z = transform.scale * z
     if transform.softcap is None:
         return z
     return transform.softcap * torch.tanh(z / transform.softcap)
@@ -109,19 +111,20 @@ def row_gradient_(
         sced: the term of :class:`Sced`, where the loss has one.
     """
     z = to_logits(tile, transform)
-    u = z - maximum[:, None] - log_sum[:, None]
+    u = (z - maximum[:, None]).sub_(log_sum[:, None])
     gradient = smooth_gradient(u, coefficients[:, :, None])
     if sced is not None:
         shape, _ = sced_slope(u, tile.shape[-1], sced.alpha, sced.beta)
         gradient += sced.weight[:, None] * u.exp() * (shape - sced.mean_slope[:, None])
-    tile.copy_(gradient * slope(z, transform))
+    tile.copy_(gradient.mul_(slope(z, transform)))
 
 
 def smooth_gradient(log_p: Tensor, coefficients: Tensor) -> Tensor:
     """Return ``p(A + Bu + Cp + Eu²) + F`` at u = log p."""
     A, B, C, E, F = coefficients
     p = log_p.exp()
-    return p * (A + log_p * (B + E * log_p) + C * p) + F
+    inner = torch.addcmul(B, E, log_p).mul_(log_p).addcmul_(C, p).add_(A)
+    return inner.mul_(p).add_(F)
 
 
 def row_sced(

@@ -244,12 +244,12 @@ class HeadGradient:
 
     def results(self, kept: Kept) -> tuple[Tensor, Tensor]:
         """Return both gradients, an empty tensor for one that is not needed."""
-        hidden = weight = self.head.hidden.new_empty(0)
-        if self.hidden is not None:
-            hidden = kept.spread(self.hidden, dim=0)
-        if self.weight is not None:
-            weight = self.weight.to(self.head.weight.dtype)
-        return hidden, weight
+        hidden, weight = self.hidden, self.weight
+        nothing = self.head.hidden.new_empty  # each its own: results may not alias
+        return (
+            nothing(0) if hidden is None else kept.spread(hidden, dim=0),
+            nothing(0) if weight is None else weight.to(self.head.weight.dtype),
+        )
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
