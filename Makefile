@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 book test notebooks: export FTLIB_SCALE ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test lint generate notebooks lab gpu results lock
+.PHONY: help book html test lint generate notebooks lab gpu bench results lock
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,8 +40,15 @@ notebooks: generate  ## run the notebooks and store their outputs in notebooks/
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-gpu: $(INSTALLED)  ## run every method at scale gpu and record the results
+gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the results
+	$(BIN)/python benchmarks/vocabulary_head.py --scale gpu
 	$(BIN)/ftlib run cgm --scale gpu --seeds 3
+
+# trl and verl ask for other versions of transformers; what is compared needs neither.
+bench: $(INSTALLED)  ## install the vocabulary head's peers, time it beside them
+	$(BIN)/python -m pip install -c requirements.lock -e '.[bench]'
+	$(BIN)/python -m pip install --no-deps trl==1.16.0 verl==0.9.1
+	$(BIN)/python benchmarks/vocabulary_head.py
 
 results: $(INSTALLED)  ## print the recorded results
 	$(BIN)/ftlib results

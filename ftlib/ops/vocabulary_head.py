@@ -83,7 +83,8 @@ def vocabulary_head(
             default loss Σ c·log p_y.
         reduction: whether the summed loss is divided by the number of tokens that are
             not ignored (0 if there are none).
-        logit_scale: multiplies hidden·w, as ``d_model**-0.5`` of tied T5 heads.
+        logit_scale: multiplies hidden·w: ``d_model**-0.5`` for the last hidden states
+            of a T5 with tied embeddings. :func:`ftlib.ops.output_head` finds it.
         softcap: c in z ← c·tanh(z / c), as in Gemma 2.
         ignore_index: the target of rows that take no part: their statistics and
             losses are exactly 0, and their hidden states get a gradient of exactly 0.
