@@ -54,12 +54,18 @@ def project(pyproject: Path = PYPROJECT) -> dict[str, Any]:
     return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
 
 
+def book_extras(about: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the extras that make and check the book: all but the timed peers."""
+    extras = about["optional-dependencies"]
+    return {name: bounds for name, bounds in extras.items() if name != "bench"}
+
+
 def environment(about: dict[str, Any]) -> str:
     """Return environment.yml: Python from conda, the rest as pip resolves it."""
     return CONDA.format(
         name=about["name"],
         python=about["requires-python"],
-        extras=",".join(sorted(about["optional-dependencies"])),
+        extras=",".join(sorted(book_extras(about))),
     )
 
 

@@ -13,11 +13,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from generated import project
+from generated import book_extras, project
 from notebooks import write_text
 from paths import LOCK
 
-HEADER = "# Written by `make lock`: what ftlib's extras resolve to.\n"
+HEADER = "# Written by `make lock`: what ftlib and the book's extras resolve to.\n"
 MARKERS = {"triton": " ; platform_system == 'Linux'"}
 
 
@@ -51,7 +51,7 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 def lock() -> str:
     """Return the text of requirements.lock."""
     about = project()
-    pins = closure(about["name"], set(about["optional-dependencies"]))
+    pins = closure(about["name"], set(book_extras(about)))
     lines = [f"{name}=={pins[name]}{MARKERS.get(name, '')}\n" for name in sorted(pins)]
     return HEADER + "".join(lines)
 

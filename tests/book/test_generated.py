@@ -37,7 +37,7 @@ def test_environment_is_what_conda_reads() -> None:
     (constraints, project) = from_pip["pip"]
     assert constraints == "-c requirements.lock"
     extras = Requirement(project.replace("-e .", "ftlib")).extras
-    assert extras == set(about["optional-dependencies"])
+    assert extras == set(about["optional-dependencies"]) - {"bench"}
 
 
 def test_colab_keeps_what_it_has() -> None:
