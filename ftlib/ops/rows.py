@@ -114,8 +114,9 @@ def row_gradient_(
     u = (z - maximum[:, None]).sub_(log_sum[:, None])
     gradient = smooth_gradient(u, coefficients[:, :, None])
     if sced is not None:
-        shape, _ = sced_slope(u, tile.shape[-1], sced.alpha, sced.beta)
-        gradient += sced.weight[:, None] * u.exp() * (shape - sced.mean_slope[:, None])
+        f_slope = sced_slope(u, tile.shape[-1], sced.alpha, sced.beta)
+        f_slope.sub_(sced.mean_slope[:, None]).mul_(u.exp())
+        gradient.addcmul_(f_slope, sced.weight[:, None])
     tile.copy_(gradient.mul_(slope(z, transform)))
 
 
@@ -143,7 +144,7 @@ def row_sced(
     """
     columns = tile.shape[-1]
     u = to_logits(tile, transform) - maximum[:, None] - log_sum[:, None]
-    weighted_slope = u.exp() * sced_slope(u, columns, alpha, beta)[0]
+    weighted_slope = u.exp() * sced_slope(u, columns, alpha, beta)
     weighted_slope.scatter_(1, argmax[:, None], 0.0)
     return sced_value(u, columns, alpha, beta).sum(-1), weighted_slope.sum(-1)
 
@@ -154,21 +155,29 @@ def sced_value(log_p: Tensor, columns: int, alpha: float, beta: float) -> Tensor
     return distance.abs() ** alpha * (-torch.expm1(log_p)) ** beta
 
 
-def sced_slope(
-    log_p: Tensor, columns: int, alpha: float, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Return f'(p), and (1−p)·f'(p) without dividing by 1−p.
+def sced_slope(log_p: Tensor, columns: int, alpha: float, beta: float) -> Tensor:
+    """Return f'(p), with 1 − p held above 0 where it is divided by."""
+    growth, decay, complement = _sced_terms(log_p, columns, alpha, beta)
+    held = complement.clamp(min=SMALLEST_COMPLEMENT)
+    return growth * complement**beta - decay * held ** (beta - 1)
 
-    With L = log(pV) and a = pL:
-    f' = α|a|^(α−1) sign(a) (L+1) (1−p)^β − β|a|^α (1−p)^(β−1).
+
+def sced_slope_by_complement(
+    log_p: Tensor, columns: int, alpha: float, beta: float
+) -> Tensor:
+    """Return (1−p)·f'(p), which is finite as p → 1 where f' is not."""
+    growth, decay, complement = _sced_terms(log_p, columns, alpha, beta)
+    return growth * complement ** (beta + 1) - decay * complement**beta
+
+
+def _sced_terms(
+    log_p: Tensor, columns: int, alpha: float, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the G, K and 1−p of f' = G(1−p)^β − K(1−p)^(β−1).
+
+    With L = log(pV) and a = pL: G = α|a|^(α−1) sign(a) (L+1) and K = β|a|^α.
     """
     L = log_p + math.log(columns)
     a = log_p.exp() * L
-    complement = -torch.expm1(log_p)
     growth = alpha * a.abs() ** (alpha - 1) * a.sign() * (L + 1)
-    decay = beta * a.abs() ** alpha
-    held = complement.clamp(min=SMALLEST_COMPLEMENT)
-    return (
-        growth * complement**beta - decay * held ** (beta - 1),
-        growth * complement ** (beta + 1) - decay * complement**beta,
-    )
+    return growth, beta * a.abs() ** alpha, -torch.expm1(log_p)

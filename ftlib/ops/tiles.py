@@ -211,7 +211,7 @@ def _tile_sced(
         loss.beta,
         head.transform,
     )
-    slope, _ = rows.sced_slope(-log_sum, head.columns, loss.alpha, loss.beta)
+    slope = rows.sced_slope(-log_sum, head.columns, loss.alpha, loss.beta)
     mean_slope = rest + slope / moments.sum_exp
     term = Sced(loss.sced * weights, mean_slope, loss.alpha, loss.beta)
     return TileSced(value, rest, moments.argmax, term)
@@ -320,11 +320,11 @@ def _sced_gradient(
     There f' − R = (1−p)f' − Σ p·f' over the others, which stays finite as p → 1.
     """
     term = sced.term
-    slope, held = rows.sced_slope(log_p, vocabulary, term.alpha, term.beta)
+    of_f = (log_p, vocabulary, term.alpha, term.beta)
     difference = torch.where(
         columns == sced.argmax[:, None],
-        held - sced.rest[:, None],
-        slope - term.mean_slope[:, None],
+        rows.sced_slope_by_complement(*of_f) - sced.rest[:, None],
+        rows.sced_slope(*of_f) - term.mean_slope[:, None],
     )
     return term.weight[:, None] * log_p.exp() * difference
 
