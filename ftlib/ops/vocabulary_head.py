@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ftlib.ops.rows import accumulator
 from ftlib.ops.statistics import Statistic, Statistics, moments_for
 from ftlib.ops.tiles import Backend, loss_pass, statistics_pass
 from ftlib.ops.token_loss import TokenLoss
@@ -79,8 +80,8 @@ def vocabulary_head(
         statistics: the fields of :class:`HeadOutput` that are wanted; by default
             ``log_prob`` without a loss, and none with one.
         loss: the terms of a per-token loss.
-        weights: factors of the tokens' losses, shape (...), constants. −c makes the
-            default loss Σ c·log p_y.
+        weights: factors of the tokens' losses, shape (...), constants of any
+            dtype. −c makes the default loss Σ c·log p_y.
         reduction: whether the summed loss is divided by the number of tokens that are
             not ignored (0 if there are none).
         logit_scale: multiplies hidden·w: ``d_model**-0.5`` for the last hidden states
@@ -108,13 +109,12 @@ def vocabulary_head(
     if loss is None:
         values, argmax = statistics_pass(*flat, flags, *settings)
         return _output(asked, values, argmax, targets)
-    weights = (
-        torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-    )
+    factors = torch.ones_like(targets) if weights is None else weights
+    factors = factors.flatten().to(accumulator(hidden.dtype))
     grad = torch.is_grad_enabled()
     needed = (grad and hidden.requires_grad, grad and weight.requires_grad)
     total, token_loss, values, argmax, *_ = loss_pass(
-        *flat, weights.flatten(), list(astuple(loss)), flags, *settings, *needed
+        *flat, factors, list(astuple(loss)), flags, *settings, *needed
     )
     if reduction == "mean":
         total = total / (targets != ignore_index).sum().clamp(min=1)

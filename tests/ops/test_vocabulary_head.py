@@ -141,6 +141,21 @@ def test_losses_equal_the_specification(backend, name, reduction):
         close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.bfloat16])
+def test_weights_of_any_dtype(backend, dtype):
+    hidden, weight, targets = problem()
+    weights = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=DEVICE)
+    losses = [
+        vocabulary_head(
+            hidden, weight, targets, loss=LOSSES["caref"], weights=w, backend=backend
+        ).loss
+        for w in (weights.float(), weights.to(dtype))
+    ]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
+
+
 def test_cross_entropy_is_pytorchs():
     """An oracle that shares no line with ours."""
     hidden, weight, targets = problem()
