@@ -22,7 +22,7 @@ html: $(INSTALLED)  ## build the book from the stored outputs
 test: lint html  ## lint, types, static gate, book build, then all tests and notebooks
 	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
 	$(BIN)/python -m pytest tests notebooks \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 		--nbval-sanitize-with notebooks/sanitize.cfg
 
 lint: $(INSTALLED)  ## ruff, mypy and the notebooks' static gate
