@@ -9,16 +9,30 @@ from ftlib.data.registry import (
     catalogue,
     fetch,
 )
-from ftlib.data.sets import gsm8k
+from ftlib.data.sets import (
+    MathProblem,
+    Problem,
+    amc23,
+    gsm8k,
+    math500,
+    minerva,
+    svamp,
+)
 
 __all__ = [
     "DataCorrupt",
     "DataUnavailable",
     "Holding",
+    "MathProblem",
+    "Problem",
+    "amc23",
     "catalogue",
     "fetch",
     "gsm8k",
+    "math500",
+    "minerva",
     "read_csv",
     "read_jsonl",
     "sha256",
+    "svamp",
 ]
