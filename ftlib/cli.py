@@ -96,13 +96,14 @@ def _load_all(methods: Iterable[str], scales: Iterable[str]) -> list[Results]:
 
 
 def _print_results(recorded: Results) -> None:
-    from ftlib.results import table
+    from ftlib.results import PACKED_PREFIX, table
 
     for experiment in recorded.experiments():
         part = recorded.select(experiment)
         method, scale = part[0].method, part[0].scale
         typer.echo(f"{method}, scale {scale}, experiment {experiment}\n")
-        typer.echo(table(part, part.metrics()))
+        shown = [m for m in part.metrics() if not m.startswith(PACKED_PREFIX)]
+        typer.echo(table(part, shown))
         devices = sorted({record.device for record in part})
         commits = sorted({record.commit or "unknown" for record in part})
         typer.echo(f"\non {'; '.join(devices)}, at commit {', '.join(commits)}\n")

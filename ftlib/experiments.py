@@ -28,7 +28,7 @@ from ftlib.results import (
     results_path,
 )
 
-METHODS = {"cgm": "ftlib.cgm.experiment"}
+METHODS = {"cft": "ftlib.cft.experiment", "cgm": "ftlib.cgm.experiment"}
 
 
 class PlanError(ValueError):

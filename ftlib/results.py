@@ -83,6 +83,9 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+# Metrics called so hold the outcomes of single items, packed; no table shows them.
+PACKED_PREFIX = "bits/"
+
 RecordKey = tuple[str, str, str, int, str]
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from ftlib import cli, experiments
 from ftlib.experiments import Arm, RunsInterrupted
-from ftlib.results import read
+from ftlib.results import PACKED_PREFIX, read
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +145,13 @@ def test_results_prints_every_method_and_scale_there_is(ftlib):
         "toy, scale gpu, experiment f",
     ]
     assert "| a   | 2     | 0.0500 [0.00, 0.100] |" in one
+
+
+def test_results_leave_out_packed_outcomes(ftlib, plan):
+    plan[:] = [Arm("e", "a", {}, lambda seed: {"kl": 0.5, f"{PACKED_PREFIX}x/0": 7.0})]
+    shown = ftlib("run", "toy", "--seeds", "1").stdout
+    assert "kl" in shown
+    assert PACKED_PREFIX not in shown
 
 
 def test_results_of_nothing_say_how_to_make_them(ftlib):
