@@ -17,13 +17,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ftlib.ops import TokenLoss, vocabulary_head
+from ftlib.ops.statistics import Statistic
 from ftlib.runtime import triton_supported
 
 FORWARD, LOG_PROB, AUTOGRAD = "forward", "log_prob", "autograd"
@@ -36,16 +37,7 @@ LOSSES = {
     CAREF: TokenLoss(kl_to_uniform=0.1, sced=0.1),
 }
 TASKS = (FORWARD, LOG_PROB, AUTOGRAD, *LOSSES)
-STATISTICS = (
-    "log_prob",
-    "entropy",
-    "log_sum_exp",
-    "collision_prob",
-    "mean_logit",
-    "varentropy",
-    "argmax",
-    "top1_hit",
-)
+STATISTICS: tuple[str, ...] = get_args(Statistic)
 PAIR = ("log_prob", "entropy")
 
 # The width of TRL's own trainers.

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Half a unit in the last place below 1: the smallest 1 − p that float32 can tell from
+# 0. Only where 1 − p is divided by does it matter.
+SMALLEST_COMPLEMENT = 2.0**-24
+
 
 class Logits(NamedTuple):
     """How a product ``x·w`` becomes a logit: ``z = scale·x·w``, then the softcap.
@@ -51,6 +55,11 @@ class Moments(NamedTuple):
     squares: Tensor | None = None
     total: Tensor | None = None
     argmax: Tensor | None = None
+
+    @property
+    def log_sum(self) -> Tensor:
+        """Log Σe. With m apart from it, log p = (z − m) − log Σe is exact for any m."""
+        return self.sum_exp.log()
 
 
 class Sced(NamedTuple):

@@ -19,7 +19,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ftlib.kernels.types import Logits, MomentFlags, Moments, Sced
+from ftlib.kernels.types import (
+    SMALLEST_COMPLEMENT,
+    Logits,
+    MomentFlags,
+    Moments,
+    Sced,
+)
 from torch import Tensor
 
 _INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -31,9 +37,7 @@ _INTERPRETED: bool = triton.knobs.runtime.interpret
 # column or of a maximum over nothing needs no case of its own.
 _FLOOR = tl.constexpr(-1.0e4)
 
-# Half a unit in the last place below 1: the smallest 1 − p that float32 can tell from
-# 0. Only where 1 − p is divided by does it matter.
-_SMALLEST_COMPLEMENT = tl.constexpr(2.0**-24)
+_SMALLEST_COMPLEMENT = tl.constexpr(SMALLEST_COMPLEMENT)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 

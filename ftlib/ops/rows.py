@@ -12,11 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from ftlib.kernels.types import Logits, MomentFlags, Moments, Sced
-
-# Half a unit in the last place below 1: the smallest 1 − p that float32 can tell from
-# 0. Only where 1 − p is divided by does it matter.
-SMALLEST_COMPLEMENT = 2.0**-24
+from ftlib.kernels.types import (
+    SMALLEST_COMPLEMENT,
+    Logits,
+    MomentFlags,
+    Moments,
+    Sced,
+)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -78,7 +78,7 @@ def from_moments(moments: Moments, target_logit: Tensor, columns: int) -> Statis
         columns: V.
     """
     s = moments.sum_exp
-    log_sum, shift = s.log(), moments.first / s
+    log_sum, shift = moments.log_sum, moments.first / s
     zero = torch.zeros_like(s)
     second, squares, total = moments.second, moments.squares, moments.total
     # Matmuls that sum in different orders may put the target's logit a rounding

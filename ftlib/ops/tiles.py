@@ -91,22 +91,24 @@ def _prepare(
     ignore_index: int,
     backend: str,
 ) -> tuple[Head, Kept]:
-    """Check the targets and leave out the ignored rows."""
+    """Leave out the ignored rows, which waits for the device to tell them."""
     kept = targets != ignore_index
-    columns = weight.shape[0]
-    wrong = kept & ((targets < 0) | (targets >= columns))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target {int(targets[row])} of row {row} is not in [0, {columns}), the "
-            f"vocabulary, and is not the ignore_index {ignore_index}"
-        )
     taking_part = kept.nonzero()[:, 0]
     if taking_part.numel() < targets.numel():
         hidden, targets = hidden[taking_part], targets[taking_part]
     chosen = backend or choose_backend(hidden.device, hidden.dtype, hidden.shape[1])
     head = Head(hidden, weight, targets, transform, cast(Backend, chosen))
     return head, Kept(taking_part, kept.numel())
+
+
+def _check_targets(targets: Tensor, columns: int, ignore_index: int) -> None:
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= columns))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target {int(targets[row])} of row {row} is not in [0, {columns}), the "
+            f"vocabulary, and is not the ignore_index {ignore_index}"
+        )
 
 
 def _row_functions(backend: Backend) -> ModuleType:
@@ -135,18 +137,18 @@ def _tiles(head: Head) -> Iterator[tuple[slice, Tensor]]:
 # --- passes over the tiles -----------------------------------------------------
 
 
-def _empty_results(head: Head) -> tuple[Tensor, Tensor]:
+def _empty_results(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return room for the statistics (6, N), and an argmax (N,) of −1."""
-    shape = (len(Statistics._fields), len(head.hidden))
-    values = head.hidden.new_empty(shape, dtype=rows.accumulator(head.hidden.dtype))
-    return values, torch.full_like(head.targets, -1)
+    shape = (len(Statistics._fields), len(hidden))
+    values = hidden.new_empty(shape, dtype=rows.accumulator(hidden.dtype))
+    return values, torch.full_like(targets, -1)
 
 
 def _statistics(head: Head, flags: MomentFlags) -> tuple[Tensor, Tensor]:
     """Return all statistics, stacked (6, N), and the argmax (N,), −1 if not flagged."""
     if head.backend == "fused":
         return _fused_statistics(head, flags)
-    values, argmax = _empty_results(head)
+    values, argmax = _empty_results(head.hidden, head.targets)
     for part, tile in _tiles(head):
         moments, found = _tile_statistics(head, part, tile, flags)
         values[:, part] = torch.stack(found)
@@ -201,7 +203,7 @@ def _tile_sced(
 ) -> TileSced:
     """Sum f and p·f' over a tile; R gets back the argmax column, where u = −log s."""
     assert moments.argmax is not None
-    log_sum = moments.sum_exp.log()
+    log_sum = moments.log_sum
     value, rest = _row_functions(head.backend).row_sced(
         tile,
         moments.maximum,
@@ -277,7 +279,7 @@ def _differentiate_(
     however the products were rounded.
     """
     gradient = logit_gradient(at, upstream, head.columns)
-    log_sum = moments.sum_exp.log()
+    log_sum = moments.log_sum
     targets = head.targets[part, None]
     columns = targets
     if sced is not None:
@@ -356,6 +358,7 @@ def statistics_pass(
             their argmax is −1.
         backend: a :data:`Backend`, or "" to choose one.
     """
+    _check_targets(targets, len(weight), ignore_index)
     head, kept = _prepare(
         hidden, weight, targets, Logits(scale, softcap), ignore_index, backend
     )
@@ -365,9 +368,7 @@ def statistics_pass(
 
 @statistics_pass.register_fake
 def _(hidden, weight, targets, flags, scale, softcap, ignore_index, backend):  # type: ignore[no-untyped-def]
-    dtype = rows.accumulator(hidden.dtype)
-    values = hidden.new_empty((len(Statistics._fields), len(hidden)), dtype=dtype)
-    return values, torch.empty_like(targets)
+    return _empty_results(hidden, targets)
 
 
 @torch.library.custom_op("ftlib::vocabulary_gradient", mutates_args=())
@@ -469,6 +470,7 @@ def loss_pass(  # noqa: D417
         The summed loss (), each row's loss (N,), the statistics (6, N), the argmax
         (N,), and the gradients of the summed loss by ``hidden`` and ``weight``.
     """
+    _check_targets(targets, len(weight), ignore_index)
     head, kept = _prepare(
         hidden, weight, targets, Logits(scale, softcap), ignore_index, backend
     )
@@ -476,7 +478,7 @@ def loss_pass(  # noqa: D417
     wanted = token_loss.moments(MomentFlags(*flags))
     gradient = HeadGradient(head, need_hidden, need_weight)
     weights = weights[kept.rows]
-    values, argmax = _empty_results(head)
+    values, argmax = _empty_results(head.hidden, head.targets)
     losses = torch.empty_like(values[0])
     for part, tile in _tiles(head):
         moments, at = _tile_statistics(head, part, tile, wanted)
@@ -504,13 +506,12 @@ def loss_pass(  # noqa: D417
 
 @loss_pass.register_fake
 def _(hidden, weight, targets, *arguments):  # type: ignore[no-untyped-def]
-    dtype = rows.accumulator(hidden.dtype)
-    values = hidden.new_empty((len(Statistics._fields), len(hidden)), dtype=dtype)
+    values, argmax = _empty_results(hidden, targets)
     return (
         values.new_empty(()),
         values.new_empty(len(hidden)),
         values,
-        torch.empty_like(targets),
+        argmax,
         *_fake_gradients(hidden, weight, *arguments[-2:]),
     )
 

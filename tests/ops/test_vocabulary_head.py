@@ -1,6 +1,5 @@
 """The vocabulary head against its float64 specification, on every back end."""
 
-import itertools
 import math
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
+from measuring import memory_of
+from peers import plain_loss
 
 from ftlib.ops import TokenLoss, tiles, vocabulary_head
 from ftlib.ops.reference import vocabulary_head_reference
@@ -409,19 +409,6 @@ def error(x, exact):
     return ((x.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
-def plain_loss(hidden, weight, targets, loss):
-    """The loss as it is usually written: logits in the inputs' dtype, then float32."""
-    z = (hidden @ weight.T).float()
-    log_p = z.log_softmax(-1)
-    p = log_p.exp()
-    uniform = math.log(z.shape[-1])
-    entropy = -(p * log_p).sum(-1)
-    sced = (p * (log_p + uniform)).abs() ** loss.alpha * (1 - p) ** loss.beta
-    total = F.cross_entropy(z, targets, reduction="none")
-    total = total + loss.kl_to_uniform * (uniform - entropy)
-    return (total + loss.sced * sced.sum(-1)).mean()
-
-
 def test_the_gradient_by_the_weight_does_not_drift_over_tiles(monkeypatch):
     """Many tiles err no more than one: they are summed in float32."""
     hidden, weight, targets = problem(256, 65, 16, torch.bfloat16)
@@ -522,25 +509,9 @@ def test_the_workspace_has_a_bound(name):
     def step():
         vocabulary_head(hidden, weight, targets, loss=LOSSES[name]).loss.backward()
 
-    assert peak_bytes(step) - results <= tiles.WORKSPACE_BYTES
+    assert memory_of(step).peak - results <= tiles.WORKSPACE_BYTES
     logits = 4 * len(targets) * weight.shape[0]
-    assert peak_bytes(lambda: hidden @ weight.T) >= logits  # the meter sees them
-
-
-def peak_bytes(function):
-    """Bytes that a call allocates at its peak, by the allocator's own account."""
-    if DEVICE == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-        function()
-    events = [
-        e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"
-    ]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(sizes), default=0)
+    assert memory_of(lambda: hidden @ weight.T).peak >= logits  # the meter sees them
 
 
 def test_no_gradient_is_formed_that_nobody_takes():
