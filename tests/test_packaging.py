@@ -70,6 +70,7 @@ def test_wheel_holds_kernels_records_and_types(wheel: Path) -> None:
     assert {
         "ftlib/kernels/__init__.py",
         "ftlib/records/__init__.py",
+        "ftlib/records/cft/published.toml",
         "ftlib/records/cgm/cpu.json",
         "ftlib/py.typed",
     } <= names
