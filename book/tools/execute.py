@@ -26,7 +26,13 @@ from paths import EXECUTED, MIRROR, NOTEBOOKS, ROOT
 
 # A bar drawn in a kernel would land in the outputs.
 NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-SOURCES = ("ftlib/**/*.py", "kernels/**/*.py", "book/results/**/*.json")
+SOURCES = (
+    "ftlib/**/*.py",
+    "ftlib/**/*.toml",
+    "kernels/**/*.py",
+    "book/results/**/*.json",
+    "book/results/**/*.toml",
+)
 
 
 class NotebookError(RuntimeError):

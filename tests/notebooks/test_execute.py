@@ -118,7 +118,14 @@ def test_changed_code_runs_again(counted: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ftlib/a.py", "ftlib/cgm/a.py", "kernels/a.py", "book/results/cgm/cpu.json"],
+    [
+        "ftlib/a.py",
+        "ftlib/cgm/a.py",
+        "ftlib/data/a.toml",
+        "kernels/a.py",
+        "book/results/cgm/cpu.json",
+        "book/results/cft/published.toml",
+    ],
 )
 def test_fingerprint_follows_sources_and_records(tmp_path: Path, name: str) -> None:
     notebook = new_notebook(cells=[new_code_cell("1")])
