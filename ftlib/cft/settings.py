@@ -165,12 +165,28 @@ CHAINS = ChainSettings()
 TRIED_LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_SEED = 1000
 LEARNING_RATES: dict[str, float] = {
-    **{f"chains/{name}": 3e-4 for name in MAIN if MAIN[name]},
-    **{f"controls/{name}": 3e-4 for name in CONTROLS},
-    **{
-        f"{other}/{name}": 3e-4
-        for other in OTHER_BASES
-        for name in ON_OTHER_BASES
-        if MAIN[name]
-    },
+    "chains/SFT noisy": 1e-3,
+    "chains/SFT verified": 1e-3,
+    "chains/SFT teacher": 1e-3,
+    "chains/CFT verdict": 1e-4,
+    "chains/CFT locate": 1e-4,
+    "chains/CFT fix": 1e-4,
+    "chains/CFT rederive": 3e-4,
+    "controls/SFT slips": 1e-3,
+    "controls/CFT shuffled response": 3e-4,
+    "controls/CFT blank response": 1e-3,
+    "controls/CFT no response": 1e-4,
+    "controls/CFT right only": 3e-4,
+    "controls/CFT wrong only": 3e-4,
+    "controls/CFT 20% wrong": 3e-4,
+    "controls/CFT + SFT mixed": 1e-3,
+    "controls/CFT then SFT": 3e-4,
+    "never-criticised/SFT noisy": 1e-3,
+    "never-criticised/SFT teacher": 1e-3,
+    "never-criticised/CFT verdict": 1e-4,
+    "never-criticised/CFT rederive": 1e-3,
+    "always-mistaken/SFT noisy": 1e-3,
+    "always-mistaken/SFT teacher": 1e-3,
+    "always-mistaken/CFT verdict": 1e-4,
+    "always-mistaken/CFT rederive": 1e-3,
 }
