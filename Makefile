@@ -43,6 +43,8 @@ lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the results
 	$(BIN)/python benchmarks/vocabulary_head.py --scale gpu
 	$(BIN)/ftlib run cgm --scale gpu --seeds 3
+	$(BIN)/ftlib run cft --scale gpu --seeds 3 --experiment gsm8k
+	$(BIN)/ftlib run cft --scale gpu --seeds 1 --experiment gsm8k-learning-rate
 
 # trl and verl ask for other versions of transformers; what is compared needs neither.
 bench: $(INSTALLED)  ## install the vocabulary head's peers, time it beside them

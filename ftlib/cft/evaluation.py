@@ -47,21 +47,24 @@ def complete(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
+    end: int = VOCABULARY.end,
 ) -> list[list[int]]:
     """Continue every prompt, greedily or by sampling from the whole vocabulary.
 
     Args:
-        model: a causal language model of transformers over ``VOCABULARY``.
+        model: a causal language model of transformers.
         prompts: token ids, at least one prompt; they may differ in length.
         max_new_tokens: where a continuation is cut off.
         temperature: 0 takes the most probable token; otherwise samples are drawn from
             torch's global generator.
+        end: the token that ends a continuation, also used for padding; by default that
+            of ``VOCABULARY``.
 
     Returns:
         The tokens written for each prompt, the end token included where it was reached.
     """
     generator: Any = model
-    end, width = VOCABULARY.end, max(map(len, prompts))
+    width = max(map(len, prompts))
     device = next(model.parameters()).device
     padded = [[end] * (width - len(p)) + list(p) for p in prompts]
     real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]

@@ -40,7 +40,8 @@ The experiments: ``chains`` (the table), ``controls``, ``equal-tokens`` (each CF
 takes as many steps as make its target tokens those of SFT), ``never-criticised`` and
 ``always-mistaken`` (other bases), ``noise`` (how often the responses' solver is
 mistaken), ``inference`` (criticising one's own answer, against a vote of as many
-tokens), and ``learning-rate`` (how each arm's was chosen).
+tokens), and ``learning-rate`` (how each arm's was chosen). At scale gpu there are
+others, on a real language model: see :mod:`ftlib.cft.gsm8k`.
 """
 
 from __future__ import annotations
@@ -56,14 +57,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
-from zlib import crc32
 
-import numpy as np
 import pooch
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from ftlib import runtime
@@ -92,6 +90,15 @@ from ftlib.cft.evaluation import (
     scores,
     scores_and_outcomes,
 )
+from ftlib.cft.finetuning import (
+    Snapshots,
+    Tuned,
+    generator,
+    mean_target_tokens,
+    strangers,
+    stream,
+)
+from ftlib.cft.gsm8k import gsm8k_arms
 from ftlib.cft.objective import Learner, training_loss
 from ftlib.cft.settings import (
     CHAINS,
@@ -115,18 +122,16 @@ from ftlib.experiments import Arm
 from ftlib.models.tiny import tiny_gpt
 from ftlib.results import Metric
 from ftlib.runtime import Scale
-from ftlib.training import Metrics as TrainingMetrics
 from ftlib.training import train
 
 Metrics = Mapping[str, Metric | float]
-Weights = dict[str, Tensor]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def plan(scale: Scale) -> list[Arm]:
-    """Return the arms of the method at a scale; chain arithmetic: cpu only."""
-    return chain_arms() if scale == "cpu" else []
+    """Return the arms of the method: chain arithmetic at cpu, GSM8K at gpu."""
+    return chain_arms() if scale == "cpu" else gsm8k_arms()
 
 
 def chain_arms(world: ChainSettings = CHAINS) -> list[Arm]:
@@ -265,37 +270,6 @@ def tune(condition: Condition, rate: float, seed: int) -> Metrics:
     }
 
 
-@dataclass
-class Tuned:
-    """A fine-tuned model with the checkpoints it went through.
-
-    Attributes:
-        model: holds the weights that were loaded last.
-        checkpoints: weights, the last step's at the end.
-        steps: after how many steps, of each.
-        validation: accuracy of each, see :func:`ftlib.cft.evaluation.scores`.
-        examples: how many different ones there were.
-        target_tokens: how many tokens the loss fell on, all steps together.
-    """
-
-    model: nn.Module
-    checkpoints: list[Weights]
-    steps: list[int]
-    validation: list[Metric]
-    examples: int
-    target_tokens: float
-
-    @property
-    def best(self) -> int:
-        """Which checkpoint did best on validation, the earliest among equals."""
-        return int(np.argmax([metric.value for metric in self.validation]))
-
-    def load(self, index: int) -> nn.Module:
-        """Return the model with the weights of a checkpoint."""
-        self.model.load_state_dict(self.checkpoints[index])
-        return self.model
-
-
 def fine_tune(condition: Condition, rate: float, seed: int) -> Tuned:
     """Fine-tune the base of a seed, stage after stage, and validate its checkpoints."""
     world = condition.world
@@ -340,44 +314,6 @@ def _steps(condition: Condition, examples: list[Features], work: Homework) -> in
         return steps
     solved = features(Recipe("solution"), work, seed=0)
     return round(steps * mean_target_tokens(solved) / mean_target_tokens(examples))
-
-
-def mean_target_tokens(examples: Sequence[Features]) -> float:
-    """Mean number of tokens that the loss falls on."""
-    return float(
-        np.mean([sum(label >= 0 for label in one["labels"]) for one in examples])
-    )
-
-
-class Snapshots:
-    """Weights at equal distances in the last stage, which training does not keep.
-
-    Args:
-        model: whose weights are copied.
-        steps: of every stage.
-        wanted: how many copies, the last step's among them.
-
-    Attributes:
-        taken: weights by the number of steps before them.
-    """
-
-    def __init__(self, model: nn.Module, steps: Sequence[int], wanted: int) -> None:
-        self._model, self._step = model, 0
-        before, last = sum(steps[:-1]), sum(steps[-1:])
-        self._due = {before + last * i // wanted for i in range(1, wanted)}
-        self.taken: dict[int, Weights] = {}
-
-    def take(self) -> None:
-        """Copy the weights as they are now."""
-        weights = self._model.state_dict()
-        self.taken[self._step] = {name: w.clone() for name, w in weights.items()}
-
-    def loss(self, learner: nn.Module, batch: Any) -> tuple[Tensor, TrainingMetrics]:
-        """Return the loss of the next step, after a copy if one is due."""
-        if self._step in self._due:
-            self.take()
-        self._step += 1
-        return training_loss(learner, batch)
 
 
 def run_inference(condition: Condition, rate: float, seed: int) -> Metrics:
@@ -468,7 +404,7 @@ def corpus(base: BaseSettings, seed: int) -> list[Features]:
     asked = _sample(base.critiques, "pretrain", "no-gap", base, stream(seed, "asked"))
     references = chains.solutions(asked, chains.solve(asked))
     slipped = chains.solutions(asked, chains.slip(asked, stream(seed, "slip")))
-    has_slip = _random(seed, "has slip").random(base.critiques) < base.slips
+    has_slip = generator(seed, "has slip").random(base.critiques) < base.slips
     for index, reference in enumerate(references):
         response = slipped[index] if has_slip[index] else reference
         form = FORMS[index % len(FORMS)]
@@ -533,7 +469,7 @@ def _criticisms(
     recipe: Recipe, responses: list[Solution], work: Homework, seed: int
 ) -> list[Features]:
     shown = _shown(recipe, responses, seed)
-    chance = _random(seed, "wrong critiques").random(len(responses))
+    chance = generator(seed, "wrong critiques").random(len(responses))
     made = []
     for index, (response, reference) in enumerate(
         zip(responses, work.references, strict=True)
@@ -554,9 +490,7 @@ def _shown(recipe: Recipe, responses: list[Solution], seed: int) -> list[list[in
     if recipe.shown == "own":
         return written
     if recipe.shown == "shuffled":
-        order = _random(seed, "shuffled").permutation(len(written)).tolist()
-        others = dict(zip(order, np.roll(order, 1).tolist(), strict=True))
-        return [written[others[index]] for index in range(len(written))]  # no own one
+        return [written[index] for index in strangers(len(written), seed)]
     blank = VOCABULARY.pad
     return [[blank] * len(w) if recipe.shown == "blank" else [] for w in written]
 
@@ -586,16 +520,6 @@ def exams_of(world: ChainSettings, split: Split, seed: int) -> Exams:
         solved = chains.solutions(asked, chains.solve(asked))
         exams[kind] = Exam(asked.questions(), [one.answer for one in solved])
     return exams
-
-
-def stream(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose."""
-    sequence = np.random.SeedSequence((seed, crc32(purpose.encode())))
-    return int(sequence.generate_state(1)[0])
-
-
-def _random(seed: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng(stream(seed, purpose))
 
 
 def _sample(n: int, split: Split, kind: Kind, base: BaseSettings, seed: int) -> Chains:
