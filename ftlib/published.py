@@ -46,14 +46,23 @@ class PublishedTable(NamedTuple):
         return [self.value(*labels, column=name) for labels in self.rows]
 
     def markdown(self, where: Iterable[str] = ()) -> str:
-        """Return a Markdown table of the rows that have all of these labels."""
+        """Return a Markdown table of the rows that have all of these labels.
+
+        A column in which every shown row has one of them is left out.
+        """
         wanted = set(where)
-        shown = [
-            [*labels, *(f"{number:g}" for number in numbers)]
-            for labels, numbers in self.rows.items()
-            if wanted <= set(labels)
+        shown = [labels for labels in self.rows if wanted <= set(labels)]
+        varying = [
+            i
+            for i in range(len(self.labels))
+            if not all(labels[i] in wanted for labels in shown)
         ]
-        return markdown_table([[*self.labels, *self.columns], *shown])
+        heading = [*(self.labels[i] for i in varying), *self.columns]
+        lines = [
+            [*(row[i] for i in varying), *(f"{number:g}" for number in self.rows[row])]
+            for row in shown
+        ]
+        return markdown_table([heading, *lines])
 
 
 def load(method: str) -> dict[str, PublishedTable]:

@@ -52,6 +52,8 @@ def test_markdown_shows_the_rows_with_the_labels(cft):
     assert len(text.splitlines()) == 2 + 5
     assert "71.1" in text
     assert "DeepSeek" not in text
+    assert "model" not in text
+    assert "DeepSeek" in cft["sft-and-cft"].markdown()
 
 
 def test_columns_come_in_the_order_of_the_rows(cft):
