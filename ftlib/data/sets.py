@@ -10,11 +10,14 @@ import json
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from ftlib.data.reading import read_jsonl
-from ftlib.data.registry import fetch
+from ftlib.data.reading import read_csv, read_jsonl
+from ftlib.data.registry import DataUnavailable, fetch
 from ftlib.metrics.answers import last_boxed
 
 Gsm8kSplit = Literal["train", "test"]
+EsnliSplit = Literal["dev", "test"]
+ComveSplit = Literal["train", "dev", "test"]
+CoseSplit = Literal["train", "dev"]
 
 
 class Problem(TypedDict):
@@ -39,6 +42,52 @@ class MathProblem(Problem):
     level: int
 
 
+class Inference(TypedDict):
+    """A premise and a hypothesis, with why the label holds.
+
+    Attributes:
+        premise: what is taken for true.
+        hypothesis: what is asked about.
+        label: ``entailment``, ``neutral`` or ``contradiction``.
+        explanations: three, each by another annotator.
+    """
+
+    premise: str
+    hypothesis: str
+    label: str
+    explanations: list[str]
+
+
+class SensePair(TypedDict):
+    """A sentence that makes sense and a similar one that does not.
+
+    Attributes:
+        sense: the sentence that makes sense.
+        nonsense: the one that does not.
+        reasons: why it does not, one to three.
+    """
+
+    sense: str
+    nonsense: str
+    reasons: list[str]
+
+
+class ExplainedQuestion(TypedDict):
+    """A question with choices, and why the answer is right.
+
+    Attributes:
+        question: the question's text.
+        choices: what can be chosen from.
+        answer: the right one of them.
+        explanation: why, in an annotator's words.
+    """
+
+    question: str
+    choices: list[str]
+    answer: str
+    explanation: str
+
+
 def gsm8k(split: Gsm8kSplit) -> list[dict[str, str]]:
     """Load GSM8K: 7,473 questions to train on, 1,319 to test with.
 
@@ -52,8 +101,7 @@ def gsm8k(split: Gsm8kSplit) -> list[dict[str, str]]:
         DataUnavailable: the file is nowhere to be found.
         DataCorrupt: the file is damaged or altered.
     """
-    if split not in get_args(Gsm8kSplit):
-        raise ValueError(f"GSM8K has no split {split!r}: choose train or test")
+    _check_split("GSM8K", split, get_args(Gsm8kSplit))
     rows = read_jsonl(fetch(f"math/gsm8k/{split}.jsonl"))
     return [
         {**row, "reference": row["answer"].rpartition("#### ")[2].strip()}
@@ -144,6 +192,114 @@ def svamp() -> list[Problem]:
         }
         for row in _read_array(fetch("svamp/SVAMP.json"))
     ]
+
+
+def esnli(split: EsnliSplit) -> list[Inference]:
+    """Load e-SNLI: 9,842 pairs of sentences in dev, 9,824 in test.
+
+    The train part is not in the registry. The texts are upstream's tokenised ones, with
+    spaces around punctuation; explanations are in lower case.
+
+    Raises:
+        ValueError: there is no such split.
+        DataUnavailable: a file is nowhere to be found.
+        DataCorrupt: a file is damaged or altered.
+    """
+    _check_split("e-SNLI", split, get_args(EsnliSplit))
+    names = ["s1", "s2", "labels", *(f"preproc1_expl_{k}" for k in (1, 2, 3))]
+    columns = [_read_lines(fetch(f"esnli/{name}.{split}")) for name in names]
+    return [
+        {
+            "premise": premise,
+            "hypothesis": hypothesis,
+            "label": label,
+            "explanations": explanations,
+        }
+        for premise, hypothesis, label, *explanations in zip(*columns, strict=True)
+    ]
+
+
+def comve(split: ComveSplit) -> list[SensePair]:
+    """Load ComVE: 10,000 pairs of sentences to train on, 1,000 in dev, 1,000 in test.
+
+    The dev and test files repeat the second confusing reason as ``Right Reason2``, in
+    every row. A reason that is also listed as confusing is left out here, so these two
+    splits have two reasons a row, not three.
+
+    Raises:
+        ValueError: there is no such split.
+        DataUnavailable: the file is nowhere to be found.
+        DataCorrupt: the file is damaged or altered.
+    """
+    _check_split("ComVE", split, get_args(ComveSplit))
+    return [
+        {
+            "sense": row["Correct Statement"].strip(),
+            "nonsense": row["Incorrect Statement"].strip(),
+            "reasons": _right_reasons(row),
+        }
+        for row in read_csv(fetch(f"comve/{split}.csv"))
+    ]
+
+
+def cose(split: CoseSplit) -> list[ExplainedQuestion]:
+    """Load CoS-E 1.0: 7,610 questions to train on, 950 in dev, three choices each.
+
+    The explanation is the annotator's open-ended one. Many explain little: the
+    authors of FEB advise against the set.
+
+    Raises:
+        ValueError: there is no such split.
+        DataUnavailable: a file is nowhere to be found.
+        DataCorrupt: a file is damaged or altered.
+    """
+    _check_split("CoS-E", split, get_args(CoseSplit))
+    explanations = {
+        row["id"]: row["explanation"]["open-ended"].strip()
+        for row in read_jsonl(fetch(f"cose/cose_{split}_v1.0.jsonl"))
+    }
+    rows = []
+    for row in read_jsonl(fetch(f"cose/{split}_rand_split.jsonl")):
+        choices = {c["label"]: c["text"] for c in row["question"]["choices"]}
+        question: ExplainedQuestion = {
+            "question": row["question"]["stem"].strip(),
+            "choices": list(choices.values()),
+            "answer": choices[row["answerKey"]],
+            "explanation": explanations[row["id"]],
+        }
+        rows.append(question)
+    return rows
+
+
+def ecqa() -> list[ExplainedQuestion]:
+    """Name the source of ECQA, whose text is not in the registry.
+
+    Raises:
+        DataUnavailable: always.
+    """
+    raise DataUnavailable(
+        "ECQA is not among ftlib's data: its explanations are in ecqa.jsonl of "
+        "github.com/dair-iitd/ECQA-Dataset and are joined by id with the questions of "
+        "CommonsenseQA 1.11. Take comve, cose or esnli, which are"
+    )
+
+
+def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}: choose {' or '.join(splits)}")
+
+
+def _right_reasons(row: dict[str, str]) -> list[str]:
+    """The different right reasons of a row of ComVE, without the confusing ones."""
+    confusing = {row[f"Confusing Reason{k}"].strip() for k in (1, 2)}
+    right = dict.fromkeys(row[f"Right Reason{k}"].strip() for k in (1, 2, 3))
+    return [reason for reason in right if reason and reason not in confusing]
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a file, with single spaces; the last may lack its line end."""
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return [" ".join(line.split()) for line in lines]
 
 
 def _read_array(path: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The loaders of mathematical problems, and the grader on every reference answer."""
+"""The loaders, and the grader on every reference answer of a problem."""
 
 import itertools
 import json
@@ -113,3 +113,90 @@ def test_svamp_joins_story_and_question(tmp_path, monkeypatch):
             "topic": "Sum",
         }
     ]
+
+
+# --- explanations -------------------------------------------------------------
+
+
+def test_esnli_has_every_pair_with_label_and_three_explanations():
+    rows_of("esnli")
+    for split, n in (("dev", 9842), ("test", 9824)):
+        rows = data.esnli(split)
+        assert len(rows) == n
+        assert {r["label"] for r in rows} == {"entailment", "neutral", "contradiction"}
+        for row in rows:
+            assert len(row["explanations"]) == 3
+            assert row["premise"]
+            assert row["hypothesis"]
+            assert all(row["explanations"])
+    first = data.esnli("dev")[1]  # the lines of all six files belong together
+    assert first["hypothesis"] == "Two woman are holding packages ."
+    assert first["label"] == "entailment"
+    assert "holding packages" in first["explanations"][0]
+
+
+def test_comve_has_right_reasons_and_no_confusing_ones():
+    rows_of("comve")
+    for split, n, most in (("train", 10_000, 3), ("dev", 1000, 2), ("test", 1000, 2)):
+        rows = data.comve(split)
+        assert len(rows) == n
+        assert all(1 <= len(row["reasons"]) <= most for row in rows)
+        assert all(row["sense"] and row["nonsense"] for row in rows)
+        assert sum(len(row["reasons"]) == most for row in rows) > 0.99 * n
+    pair = next(r for r in data.comve("dev") if r["sense"] == "The closet got hangers")
+    assert pair == {
+        "sense": "The closet got hangers",
+        "nonsense": "The hangers bought the closet",
+        "reasons": [
+            "Hangers are inanimate things which cannot buy something",
+            "Hangers dont have money.",  # not "The hangers cannot eat"
+        ],
+    }
+
+
+def test_cose_joins_questions_with_their_explanations():
+    rows_of("cose")
+    for split, n in (("train", 7610), ("dev", 950)):
+        rows = data.cose(split)
+        assert len(rows) == n
+        for row in rows:
+            assert len(row["choices"]) == 3
+            assert row["answer"] in row["choices"]
+            assert row["question"]
+            assert row["explanation"]
+    assert data.cose("train")[0] == {
+        "question": "If a lantern is not for sale, where is it likely to be?",
+        "choices": ["antique shop", "house", "dark place"],
+        "answer": "house",
+        "explanation": "A house is the only place that is not likely to sell things",
+    }
+
+
+@pytest.mark.parametrize(
+    ("load", "split", "message"),
+    [
+        (data.gsm8k, "dev", "GSM8K has no split 'dev': choose train or test"),
+        (data.esnli, "train", "e-SNLI has no split 'train': choose dev or test"),
+        (data.comve, "all", "ComVE has no split 'all': choose train or dev or test"),
+        (data.cose, "test", "CoS-E has no split 'test': choose train or dev"),
+    ],
+)
+def test_a_split_that_does_not_exist_is_an_error(load, split, message):
+    with pytest.raises(ValueError, match=message):
+        load(split)
+
+
+def test_ecqa_is_told_where_to_find():
+    with pytest.raises(data.DataUnavailable, match="dair-iitd/ECQA-Dataset"):
+        data.ecqa()
+
+
+def test_files_whose_lines_do_not_match_are_an_error(tmp_path, monkeypatch):
+    def fetch(name):
+        path = tmp_path / name.replace("/", "-")
+        path.write_text("a\nb\n" if "s2" in name else "a\nb\nc")
+        return path
+
+    monkeypatch.setattr("ftlib.data.sets.fetch", fetch)
+    with pytest.raises(ValueError, match="shorter than"):
+        data.esnli("dev")

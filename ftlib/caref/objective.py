@@ -1,0 +1,382 @@
+r"""The objective of CAREF: cross-entropy, SCED, and the divergence from uniform.
+
+With P_t the model's distribution over V tokens at target position t, and U = 1/V,
+
+    L = L_CE + λ_SCED · L_SCED + λ_KL · L_KL
+    L_SCED = mean_t Σ_v |P_tv log(P_tv / U)|^α (1 − P_tv)^β
+    L_KL = mean_t Σ_v P_tv log(P_tv / U) = mean_t (log V − H(P_t))
+
+(arXiv 2605.27835). The paper's page sums over t; its code takes the mean over the
+target tokens of the batch, and so do we. V is the width of the logits, with the rows
+that pad a vocabulary, as in the code: 32,128 for T5, whose tokenizer has 32,100 tokens.
+
+How the terms of a batch are averaged is a choice (:data:`Mean`). With n examples of T_i
+target tokens, token t of example i weighs
+
+* ``token``: 1 / Σ_j T_j, as in the paper's code and in transformers' own loss.
+* ``example``: 1 / (n T_i). The loss is then a mean over examples, as
+  :mod:`ftlib.training` asks, so that accumulation and several processes change nothing.
+  It is the default.
+
+In a training of your own, with the logits never stored::
+
+    loss = caref_loss(model, **batch).loss  # batch: input_ids, attention_mask, labels
+    loss.backward()
+
+With the ``Trainer`` of transformers, which computes the logits itself. An
+encoder-decoder gets its ``decoder_input_ids`` from the collator, because the trainer
+keeps the labels from the model::
+
+    trainer = Seq2SeqTrainer(
+        model, arguments, train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        compute_loss_func=trainer_loss(model, CAREF),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ftlib.ops import HeadOutput, OutputHead, TokenLoss, output_head, vocabulary_head
+from ftlib.ops.rows import accumulator, sced_value
+from ftlib.ops.statistics import Statistic, Statistics
+from ftlib.training import Metrics
+
+Mean = Literal["example", "token"]
+
+IGNORED = -100
+
+CAREF = TokenLoss(sced=0.1, kl_to_uniform=0.1, alpha=2.0, beta=1.0)
+"""The weights of the released code, which says that they are the paper's."""
+
+# Logits that one chunk may hold, beside which a handful of tensors of its size exist.
+CHUNK_LOGITS = 2**24
+
+STATISTICS: tuple[Statistic, ...] = (
+    "log_prob",
+    "entropy",
+    "collision_prob",
+    "top1_hit",
+)
+"""What a loss also says about the distributions it was taken of."""
+
+
+class RowLoss(Protocol):
+    """A loss that :class:`ftlib.ops.TokenLoss` has no terms for; see ``baselines``."""
+
+    def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each row, (n,), of logits (n, V) and targets (n,)."""
+
+    def of_head(self, head: OutputHead, targets: Tensor, weights: Tensor) -> HeadOutput:
+        """Return Σ weight · loss with :data:`STATISTICS`, never storing all logits.
+
+        Args:
+            head: the factors of the logits, hidden states (..., D).
+            targets: int64 (...), −100 where there is none.
+            weights: (...), 0 where there is no target.
+        """
+
+
+Loss = TokenLoss | RowLoss
+
+
+class CarefLoss(NamedTuple):
+    """A loss over the target tokens of a batch, with what diagnosis needs; scalars.
+
+    All but the counts are averaged over tokens as the loss is.
+
+    Attributes:
+        loss: with gradient.
+        tokens: number of target tokens, int64.
+        examples: number of examples, int64.
+        accuracy: share of target tokens that had the largest logit.
+        target_prob: p_y, the probability of the target token.
+        entropy: H = −Σ p log p, in nats; the divergence from uniform is log V − H.
+        collision_prob: Σ p², the probability that is expected of a sampled token.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+    examples: Tensor
+    accuracy: Tensor
+    target_prob: Tensor
+    entropy: Tensor
+    collision_prob: Tensor
+
+
+def caref_loss(
+    model: nn.Module,
+    labels: Tensor,
+    loss: Loss = CAREF,
+    *,
+    mean: Mean = "example",
+    **inputs: Any,
+) -> CarefLoss:
+    """Return the mean loss of the labels that are not −100.
+
+    The logits are never stored: see :func:`ftlib.ops.vocabulary_head`. An example
+    without target tokens adds 0 to the mean over examples and counts as one of them; a
+    batch without any has a loss of 0 with a gradient of 0.
+
+    Args:
+        model: an encoder-decoder or a decoder-only model of transformers, wrapped by
+            PEFT or not. Under several processes or in mixed precision, wrap it in
+            :class:`Learner`.
+        labels: int64 (rows, T), −100 where there is no target. For an encoder-decoder,
+            what its decoder should write, from the first token on. For a decoder-only
+            model, aligned with ``input_ids``: the label of a token is predicted from
+            those before it.
+        loss: of a token.
+        mean: what the loss is a mean over.
+        inputs: what else the model takes, such as ``input_ids`` and
+            ``attention_mask``. An encoder-decoder's ``decoder_input_ids`` are made from
+            the labels, as the model does it, unless they are given.
+
+    Raises:
+        ValueError: labels and token ids, or the mean's name, do not fit; or the
+            decoder's inputs are neither given nor to be made.
+        TypeError: see :func:`ftlib.ops.output_head`.
+    """
+    if mean not in get_args(Mean):
+        raise ValueError(f"mean is {mean!r}: choose example or token")
+    head, targets = _run(model, labels, inputs)
+    is_target = targets != IGNORED
+    weights = _weights(is_target, mean)
+    if isinstance(loss, TokenLoss):
+        out = _token_loss_of_head(loss, head, targets, weights)
+    else:
+        out = loss.of_head(head, targets, weights)
+    assert out.loss is not None
+    return CarefLoss(
+        out.loss,
+        is_target.sum(),
+        labels.new_tensor(len(labels)),
+        *_averages(out, weights),
+    )
+
+
+def _run(
+    model: Any, labels: Tensor, inputs: dict[str, Any]
+) -> tuple[OutputHead, Tensor]:
+    """Run a model up to its head; return its factors and targets where both exist."""
+    ids, length = "input_ids", labels.shape[1]
+    if model.config.is_encoder_decoder:
+        ids = "decoder_input_ids"
+        if inputs.get(ids) is None:
+            inputs[ids] = _decoder_inputs(model, labels)
+    if inputs[ids].shape != labels.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, {ids} {tuple(inputs[ids].shape)}"
+            ": give one label for each token"
+        )
+    head = output_head(model, **inputs | {"use_cache": False})
+    # Soft prompts of PEFT stand before the tokens and have no labels.
+    hidden = head.hidden[:, -length:]
+    if not model.config.is_encoder_decoder:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    return head._replace(hidden=hidden), labels
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(
+            f"{type(model).__name__} does not say how its decoder's inputs follow from"
+            " the labels: pass decoder_input_ids, the labels shifted right"
+        )
+    return model.prepare_decoder_input_ids_from_labels(labels)
+
+
+def _weights(is_target: Tensor, mean: Mean) -> Tensor:
+    """Return each target's weight in the mean; zeros elsewhere."""
+    if mean == "token":
+        return is_target / is_target.sum().clamp(min=1)
+    lengths = is_target.sum(dim=1, keepdim=True)
+    return is_target / (len(is_target) * lengths.clamp(min=1))
+
+
+def _token_loss_of_head(
+    loss: TokenLoss, head: OutputHead, targets: Tensor, weights: Tensor
+) -> HeadOutput:
+    return vocabulary_head(
+        head.hidden,
+        head.weight,
+        targets,
+        loss=loss,
+        weights=weights,
+        reduction="sum",
+        statistics=STATISTICS,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        ignore_index=IGNORED,
+    )
+
+
+def _averages(out: HeadOutput, weights: Tensor) -> tuple[Tensor, ...]:
+    """Return the averages that :class:`CarefLoss` ends with."""
+    assert out.top1_hit is not None
+    assert out.log_prob is not None
+    assert out.entropy is not None
+    assert out.collision_prob is not None
+    values = (out.top1_hit, out.log_prob.exp(), out.entropy, out.collision_prob)
+    return tuple((weights * value).sum() for value in values)
+
+
+# --- for ftlib.training ----------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """A model together with its loss, for :func:`ftlib.training.train`.
+
+    What Accelerate wraps, for several processes or for mixed precision, has to contain
+    the loss, because the loss calls the model's parts one by one.
+
+    Attributes:
+        model: the model, whose weights are trained.
+        loss: of a token.
+        mean: what the loss is a mean over.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss = CAREF, mean: Mean = "example"
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.mean: Mean = mean
+
+    def forward(self, **batch: Any) -> CarefLoss:
+        """Return :func:`caref_loss` of a collator's batch."""
+        return caref_loss(self.model, **batch, loss=self.loss, mean=self.mean)
+
+
+def training_loss(learner: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Metrics]:
+    """Return a batch's loss with its metrics, as :func:`ftlib.training.train` takes it.
+
+    ``target_tokens`` is their number per example, so that like every metric it is a
+    mean over examples.
+    """
+    out: CarefLoss = learner(**batch)
+    return out.loss, {
+        "accuracy": out.accuracy,
+        "target_prob": out.target_prob,
+        "entropy": out.entropy,
+        "collision_prob": out.collision_prob,
+        "target_tokens": out.tokens / out.examples,
+    }
+
+
+# --- from logits -----------------------------------------------------------------
+
+TrainerLoss = Callable[..., Tensor]
+
+
+def trainer_loss(model: Any, loss: Loss = CAREF) -> TrainerLoss:
+    """Return a loss for ``transformers.Trainer(compute_loss_func=...)``.
+
+    It is a mean over the target tokens of all batches that make an update, as
+    transformers' own loss is.
+
+    Args:
+        model: what is trained. It says whether labels are shifted: those of a
+            decoder-only model are.
+        loss: of a token.
+    """
+    shifted = not model.config.is_encoder_decoder
+
+    def compute_loss(
+        outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        # Soft prompts of PEFT stand before the tokens and have no labels.
+        logits = outputs.logits[:, -labels.shape[1] :]
+        if shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return loss_from_logits(logits, labels, loss, tokens=num_items_in_batch)
+
+    return compute_loss
+
+
+def loss_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    loss: Loss = CAREF,
+    *,
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """Return the mean loss of the labels that are not −100, from logits that exist.
+
+    The plain-torch twin of what :func:`caref_loss` computes from the hidden states. It
+    works in float32 (float64 for float64), through chunks of positions that are
+    computed again in the backward pass, so that beside the logits and their gradient
+    only one chunk's tensors exist at a time.
+
+    Args:
+        logits: any float dtype, (..., V). Nothing is shifted.
+        labels: int64 (...), −100 where there is no target.
+        loss: of a token.
+        tokens: what the sum is divided by; by default the number of targets, at
+            least 1.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}, labels {tuple(labels.shape)}:"
+            " give one label for each position"
+        )
+    step = max(1, CHUNK_LOGITS // logits.shape[-1])
+    chunks = zip(
+        logits.flatten(0, -2).split(step), labels.flatten().split(step), strict=True
+    )
+    parts = [in_chunk(_sum_of_chunk, *chunk, loss) for chunk in chunks]
+    if tokens is None:
+        tokens = (labels != IGNORED).sum().clamp(min=1)
+    return torch.stack(parts).sum() / tokens
+
+
+def in_chunk(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function whose intermediate tensors the backward pass makes again."""
+    return checkpoint(
+        function, *arguments, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _sum_of_chunk(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    # Ignored rows are left out, not multiplied by 0: what they hold may be infinite.
+    kept = targets != IGNORED
+    rows, targets = logits[kept].to(accumulator(logits.dtype)), targets[kept]
+    if isinstance(loss, TokenLoss):
+        return token_loss_of_logits(loss, rows, targets).sum()
+    return loss.of_logits(rows, targets).sum()
+
+
+def token_loss_of_logits(loss: TokenLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each row, (n,), from its definition and by autograd.
+
+    Args:
+        loss: the terms.
+        logits: float32 or float64, (n, V).
+        targets: int64 (n,), each in [0, V).
+    """
+    columns = logits.shape[-1]
+    # Of large logits, torch's logsumexp has a gradient that does not add up to one.
+    offset = logits.detach().amax(-1)
+    log_p = logits.log_softmax(-1)
+    zero = torch.zeros_like(log_p[:, 0])
+    at = Statistics(
+        log_prob=log_p.gather(1, targets[:, None])[:, 0],
+        entropy=-(log_p.exp() * log_p).sum(-1),
+        log_sum_exp=offset + (logits - offset[:, None]).logsumexp(-1),
+        collision_prob=zero,
+        mean_logit=logits.mean(-1),
+        varentropy=zero,
+    )
+    if not loss.sced:
+        return loss.value(at, 0.0, columns)
+    # At p = 1 the slope of (1 − p)^β may be infinite, but SCED's by the logits is 0.
+    below_one = log_p.clamp(max=-torch.finfo(log_p.dtype).tiny)
+    sced = sced_value(below_one, columns, loss.alpha, loss.beta).sum(-1)
+    return loss.value(at, sced, columns)
