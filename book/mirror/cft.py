@@ -119,7 +119,7 @@ def draw_words(ax, y, words, learned, wrong):
             "linewidth": 1.4,
         }
         ax.text(
-            x, y, word, fontsize=7.2, family="monospace", va="center",
+            x, y, word, fontsize=6.9, family="monospace", va="center",
             color="white" if dark else "black", bbox=box,
         )
         x += len(word) + 1.0
@@ -478,8 +478,9 @@ assert all(learned[first:])
 # %% [markdown]
 # ### Ten lines for a model of yours
 #
-# Questions, responses and critiques, three strings each, are all you need to bring. SmolLM2 with 135
-# million parameters stands for your model, eight GSM8K problems for your data.
+# Bring questions, responses and critiques, three strings for each example. Here SmolLM2
+# with 135 million parameters stands for your model, and eight GSM8K problems for your
+# data.
 
 # %%
 if models.available("smollm2-135m", fetch=True):
@@ -601,9 +602,9 @@ except data.DataUnavailable as missing:
     print(missing)
 
 # %% [markdown]
-# On Minerva that is the size of the differences under discussion. It does not follow that the
-# paper's numbers are wrong: what the models wrote was not published. It does follow
-# that this benchmark wants an exact grader, or a stated relative tolerance.
+# On Minerva that is the size of the differences under discussion. It does not follow
+# that the paper's numbers are wrong: we have not seen what the models wrote. It does
+# follow that this benchmark wants an exact grader, or a stated relative tolerance.
 # `grade` takes one. Its `relative_tolerance` is zero by default, and so it is in every
 # record of this book. For Minerva, whose references are rounded measurements, we would
 # state 0.01; no record here is of Minerva.
@@ -659,15 +660,17 @@ Markdown(results.markdown_table(informed))
 
 # %% [markdown]
 # The exam asks new questions, and all arms in the same way: the question, greedily. All
-# questions are assigned to pre-training, training, validation or test by a hash of their
-# text, for all seeds alike. Each arm has its own learning rate, the best of four on validation, with other
-# seeds than those reported. Ten checkpoints are candidates, and validation chooses;
-# the last one is shown too.
+# questions are assigned to pre-training, training, validation or test by a hash of
+# their text, for all seeds alike. Each arm has its own learning rate, the best of four on
+# validation, with other seeds than those reported. Ten checkpoints are candidates, and
+# validation chooses; the last one is shown too.
 #
-# **What we expected**, written down before any run: CFT rederive beats SFT noisy by 30
-# points or more on gap questions. It does not beat SFT teacher, which is told the
-# same solutions. Verdict, locate and fix transfer little. A shuffled response does as well as
-# the question's own.
+# **What we expected**, from small earlier runs in a simpler world: CFT rederive beats
+# SFT noisy by 30 points or more on gap questions. It does not beat SFT teacher, which is
+# told the same solutions. Verdict, locate and fix transfer little. A shuffled response
+# does as well as the question's own. Trial runs with other questions came between this
+# list and the records; the sizes were chosen in them, by what the base and SFT teacher
+# did.
 #
 # Now live, with the first seed. The base is pre-trained once and then kept on disk.
 
@@ -900,7 +903,7 @@ with fewer than half the examples. Those of right ones reach
 {control("CFT right only")}; imitating the same right responses, which is
 SFT verified, reaches {at("chains", "SFT verified")}. Users asked the
 authors for this comparison. Here the reason is plain: the re-derivation of
-a right response can be copied from the prompt, and copying teaches nothing.
+a right response can be copied from the prompt, and copying teaches less.
 
 **Wrong critiques hurt in proportion**: with a fifth of them wrong,
 {control("CFT 20% wrong")}.
@@ -1002,9 +1005,10 @@ knowledge.
 # ### Criticise oneself at the exam?
 #
 # If a model has learned to criticise, let it criticise its own answers: answer, judge,
-# answer again what it called wrong, up to eight rounds as in the paper. The paper finds that it loses. The
-# fair rivals are a direct answer at the same temperature, and a majority vote among as
-# many direct answers as the same number of written tokens pays for.
+# answer again what it called wrong, up to eight rounds as in the paper. The paper finds
+# that it loses. The fair rivals are a direct answer at the same temperature, and a
+# majority vote among as many direct answers as the same number of written tokens pays
+# for.
 
 # %% mystnb={"image": {"alt": "Left: share of gap questions right at temperatures 0.3, 0.6 and 1. The direct answer falls from 0.73 to 0.55; self-critique and majority vote lie above it at each temperature, about as high as each other, at or below the dashed line of greedy answering. Right: tokens written a question; the direct answer takes 7, the other two 30 to 40."}} tags=["hide-input"]
 asked = records.select(experiment="inference", arm="CFT rederive")
@@ -1108,8 +1112,9 @@ throughout. Both arms' rates were tuned at {CHAINS.mistaken:.0%}.
 # ### The learning rate
 #
 # Chosen for each arm on validation, with two seeds that are not reported. At one common
-# rate the table would be another one: at 0.003 most critics forget how to answer. Where the smallest rate
-# won, as for verdict, locate and fix, the best that critique can do is to leave the base alone.
+# rate the table would be another one: at 0.003 most critics forget how to answer. Where
+# the smallest rate won, as for verdict, locate and fix, the best that critique can do is
+# to leave the base alone.
 
 # %% mystnb={"image": {"alt": "Validation accuracy of seven arms against the learning rate from 0.0001 to 0.003. SFT teacher is highest, near 0.95, and flat. CFT rederive peaks near 0.8 at 0.0003 and falls to 0.5. Verdict, locate and fix stay at 0.5 up to 0.001 and then fall below 0.3."}} tags=["hide-input"]
 tuning = records.select(experiment="learning-rate")
@@ -1310,13 +1315,14 @@ Markdown(results.markdown_table(verdicts))
 #   at most two points below the direct answer at the same temperature. And our critic
 #   works the answer out again before it judges, so that it is a second vote in other
 #   words; an equally long vote does as well.
-# * **Forgetting.** The paper shows none, and reports a gain in instruction following.
-#   Others report a large loss with Llama models {cite:p}`kapusuzoglu2025critique`. Our base that never saw a
-#   critique loses most of what it knew, our own base hardly anything. What a base has seen
-#   before is the hidden setting here.
-# * **No number of theirs could be checked**, since neither what the models wrote nor
-#   the training data of the SFT arms was published. The released critiques and model
-#   were out of reach for this chapter.
+# * **Forgetting.** The paper shows hardly any, and reports a gain in instruction
+#   following. Others report a large loss with a Llama model
+#   {cite:p}`kapusuzoglu2025critique`. Our base that never saw a critique loses most of
+#   what it knew, our own base hardly anything. What a base has seen before is the hidden
+#   setting here.
+# * **No number of theirs could be checked.** We found neither what the models wrote nor
+#   the training data of the SFT arms. The released critiques and model were out of reach
+#   for this chapter.
 #
 # ## Exercises
 #
@@ -1465,8 +1471,8 @@ one of SFT noisy with a critique behind it.
 # made wrong by rule, 44 % of them made wrong, as in the paper. All weights are trained, or
 # LoRA adapters; the arms are SFT noisy, verified and teacher, CFT locate, fix and
 # rederive, and CFT with shuffled responses. The exams are GSM8K's 1,319 test problems,
-# SVAMP and MATH-500, asked directly and graded exactly. Format has columns of its own: did the answer
-# end, and did the model answer with a critique?
+# SVAMP and MATH-500, asked directly and graded exactly. Format has columns of its own:
+# did the answer end, and did the model answer with a critique?
 #
 # What we expect: mistakes made by rule have no system, so imitating them should harm
 # little, and CFT rederive should lead SFT noisy by little. Locate and fix should drift
@@ -1474,10 +1480,10 @@ one of SFT noisy with a critique behind it.
 #
 # **What a model of 0.1 to 0.5 billion parameters can show**: which arms keep the form of
 # an answer, and the order of arms on easy problems. **What it cannot**: MATH-500 is
-# beyond it, so scores there are noise around a few percent; and the paper's models
-# were trained on mathematics first, so that fine-tuning may call up what they know.
-# A small model has nothing of the kind to call up. One result here would not refute the paper's
-# numbers, and none could confirm them.
+# beyond it, so we expect scores of a few percent there, and no order among the arms; and
+# two of the paper's three base models came from a training in mathematics, which
+# fine-tuning may call up. A small model has nothing of the kind to call up. No result
+# here would refute the paper's numbers, and none could confirm them.
 
 # %% tags=["hide-input"]
 try:
