@@ -675,6 +675,7 @@ Markdown(results.markdown_table(informed))
 # Now live, with the first seed. The base is pre-trained once and then kept on disk.
 
 # %%
+torch.set_num_threads(1)  # so small a model is not faster on more
 LIVE = ["SFT noisy", "SFT teacher", "CFT rederive"]
 live = {}
 for condition in experiment.conditions(CHAINS):
