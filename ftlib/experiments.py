@@ -28,7 +28,11 @@ from ftlib.results import (
     results_path,
 )
 
-METHODS = {"cft": "ftlib.cft.experiment", "cgm": "ftlib.cgm.experiment"}
+METHODS = {
+    "caref": "ftlib.caref.experiment",
+    "cft": "ftlib.cft.experiment",
+    "cgm": "ftlib.cgm.experiment",
+}
 
 
 class PlanError(ValueError):

@@ -66,6 +66,7 @@ from ftlib.cft.objective import Learner, masked_loss, training_loss
 from ftlib.cft.settings import CHAINS, LEARNING_RATES, Recipe
 from ftlib.cft.solutions import CHAIN, EQUATION, GSM8K
 from ftlib.models.tiny import tiny_gpt
+from ftlib.outcomes import outcomes
 from ftlib.training import TrainingSettings, train
 
 plots.use_style()
@@ -773,8 +774,8 @@ def paired(experiment_a, arm_a, experiment_b, arm_b, kind="gap"):
     of_b = {record.seed: record for record in b}
     left, right = [], []
     for one in a:
-        left.append(evaluation.outcomes(one.metrics, kind))
-        right.append(evaluation.outcomes(of_b[one.seed].metrics, kind))
+        left.append(outcomes(one.metrics, kind))
+        right.append(outcomes(of_b[one.seed].metrics, kind))
     return results.paired_by_item(
         np.concatenate(left), np.concatenate(right)
     )

@@ -15,7 +15,8 @@ from ftlib.cft import chains
 from ftlib.cft.chains import Booleans, Kind, Vocabulary
 from ftlib.cft.critiques import Form, read_verdict
 from ftlib.cft.solutions import CHAIN
-from ftlib.results import PACKED_PREFIX, Metric, NotRecordedError
+from ftlib.outcomes import outcome_metrics
+from ftlib.results import Metric
 
 Answer = TypeVar("Answer")
 
@@ -26,9 +27,6 @@ CONTEXT = 48
 LONGEST_ANSWER = 12  # twice what an answer takes, for those that ramble
 LONGEST_CRITIQUE = 20
 ROUNDS = 8  # of self-critique, the most that the paper allows
-
-# A recorded number is a float64, which holds integers of so many bits exactly.
-_BITS = 50
 
 
 def ask(question: str) -> list[int]:
@@ -148,7 +146,7 @@ def scores(model: nn.Module, exams: Exams) -> dict[str, Metric]:
 
 
 def scores_and_outcomes(model: nn.Module, exams: Exams) -> dict[str, Metric]:
-    """:func:`scores`, and the outcome of every problem: see :func:`outcomes`."""
+    """:func:`scores`, and the outcome of every problem: see :mod:`ftlib.outcomes`."""
     written = _greedy(model, exams)
     metrics = _scores(exams, written)
     for kind, exam in exams.items():
@@ -290,39 +288,3 @@ def votes_within(budget: int, spent: Sequence[int]) -> int:
         The rounds that fit, at least one: a vote needs an answer.
     """
     return max(1, int((np.cumsum(spent) <= budget).sum()))
-
-
-def outcome_metrics(name: str, right: Booleans) -> dict[str, Metric]:
-    """Pack the outcome of every problem into recorded numbers, fifty a number.
-
-    Comparisons of two arms can then be paired problem by problem, from the records
-    alone. :func:`outcomes` unpacks them.
-
-    Args:
-        name: what the outcomes are of.
-        right: whether each problem was answered rightly, bool [n].
-    """
-    parts = [right[i : i + _BITS] for i in range(0, len(right), _BITS)]
-    return {
-        f"{PACKED_PREFIX}{name}/{index}": Metric(
-            float(sum(1 << bit for bit in np.flatnonzero(part).tolist())), len(part)
-        )
-        for index, part in enumerate(parts)
-    }
-
-
-def outcomes(metrics: Mapping[str, Metric], name: str) -> Booleans:
-    """Unpack what :func:`outcome_metrics` packed, bool [n].
-
-    Raises:
-        NotRecordedError: there are no outcomes of that name.
-    """
-    found: list[bool] = []
-    index = 0
-    while metric := metrics.get(f"{PACKED_PREFIX}{name}/{index}"):
-        bits = int(metric.value)
-        found += [bool(bits >> bit & 1) for bit in range(metric.n or 0)]
-        index += 1
-    if not found:
-        raise NotRecordedError(f"no outcomes of {name!r} among these metrics")
-    return np.array(found, dtype=np.bool_)

@@ -47,24 +47,18 @@ others, on a real language model: see :mod:`ftlib.cft.gsm8k`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import pooch
 import torch
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from ftlib import runtime
+from ftlib.bases import base_path, kept_base
 from ftlib.cft import chains
 from ftlib.cft.chains import Chains, Kind
 from ftlib.cft.critiques import (
@@ -93,10 +87,8 @@ from ftlib.cft.evaluation import (
 from ftlib.cft.finetuning import (
     Snapshots,
     Tuned,
-    generator,
     mean_target_tokens,
     strangers,
-    stream,
 )
 from ftlib.cft.gsm8k import gsm8k_arms
 from ftlib.cft.objective import Learner, training_loss
@@ -122,6 +114,7 @@ from ftlib.experiments import Arm
 from ftlib.models.tiny import tiny_gpt
 from ftlib.results import Metric
 from ftlib.runtime import Scale
+from ftlib.streams import generator, stream
 from ftlib.training import train
 
 Metrics = Mapping[str, Metric | float]
@@ -341,14 +334,8 @@ def base_model(base: BaseSettings, seed: int) -> GPT2LMHeadModel:
     Its weights are kept in the user's cache, by settings, seed and the texts it is
     pre-trained on, so that all arms start from the same ones.
     """
-    model = _new_model(base)
-    path = _base_path(base, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            _pretrain(base, seed, path)
-    model.load_state_dict(load_file(path))
-    return model.to(runtime.device())
+    pretrain = partial(_pretrain, base, seed)
+    return kept_base(_new_model(base), _base_path(base, seed), pretrain)
 
 
 def _new_model(base: BaseSettings) -> GPT2LMHeadModel:
@@ -365,30 +352,23 @@ def _base_path(base: BaseSettings, seed: int) -> Path:
     few = dataclasses.replace(
         base, solutions=min(base.solutions, 64), critiques=min(base.critiques, 64)
     )
-    identity = [dataclasses.asdict(base), seed, corpus(few, seed)]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Path(pooch.os_cache("ftlib")) / "bases" / f"cft-{seed}-{key}.safetensors"
+    return base_path("cft", seed, [dataclasses.asdict(base), seed, corpus(few, seed)])
 
 
-def _pretrain(base: BaseSettings, seed: int, path: Path) -> None:
+def _pretrain(base: BaseSettings, seed: int, directory: Path) -> GPT2LMHeadModel:
     """Pre-train a base, going on where an interrupted process stopped."""
-    # The caller's random numbers must not depend on whether the base was in the cache.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = _new_model(base).to(runtime.device())
-        train(
-            Learner(model),
-            corpus(base, seed),
-            training_loss,
-            dataclasses.replace(base.training, seed=seed),
-            collate=PaddingCollator(),
-            directory=path.with_suffix(".partial"),
-            label="pretraining",
-        )
-    weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
-    save_file(weights, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-    shutil.rmtree(path.with_suffix(".partial"))
+    torch.manual_seed(seed)
+    model = _new_model(base).to(runtime.device())
+    train(
+        Learner(model),
+        corpus(base, seed),
+        training_loss,
+        dataclasses.replace(base.training, seed=seed),
+        collate=PaddingCollator(),
+        directory=directory,
+        label="pretraining",
+    )
+    return model
 
 
 def corpus(base: BaseSettings, seed: int) -> list[Features]:

@@ -1,11 +1,10 @@
-"""What every CFT experiment fine-tunes with: random streams, snapshots, candidates."""
+"""What every CFT experiment fine-tunes with: pairings, snapshots, candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -14,20 +13,10 @@ from torch import Tensor, nn
 from ftlib.cft.data import Features
 from ftlib.cft.objective import training_loss
 from ftlib.results import Metric
+from ftlib.streams import generator
 from ftlib.training import Metrics
 
 Weights = dict[str, Tensor]
-
-
-def stream(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose."""
-    sequence = np.random.SeedSequence((seed, crc32(purpose.encode())))
-    return int(sequence.generate_state(1)[0])
-
-
-def generator(seed: int, purpose: str) -> np.random.Generator:
-    """A generator of its own for each purpose."""
-    return np.random.default_rng(stream(seed, purpose))
 
 
 def strangers(n: int, seed: int) -> list[int]:

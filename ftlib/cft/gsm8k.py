@@ -51,14 +51,12 @@ from ftlib.cft.data import (
     imitate,
     tokenize_examples,
 )
-from ftlib.cft.evaluation import complete, outcome_metrics
+from ftlib.cft.evaluation import complete
 from ftlib.cft.finetuning import (
     Snapshots,
     Tuned,
-    generator,
     mean_target_tokens,
     strangers,
-    stream,
 )
 from ftlib.cft.objective import Learner
 from ftlib.cft.settings import (
@@ -77,8 +75,10 @@ from ftlib.data.registry import data_sets
 from ftlib.experiments import Arm
 from ftlib.metrics import Grade, grade_all
 from ftlib.models.registry import find
+from ftlib.outcomes import outcome_metrics
 from ftlib.results import PACKED_PREFIX, Metric
 from ftlib.runtime import progress
+from ftlib.streams import generator, stream
 from ftlib.training import train
 
 Metrics = Mapping[str, Metric | float]
@@ -415,7 +415,7 @@ def examine(
 
     Returns:
         For each exam :func:`scores`, and the outcome of every problem: see
-        :func:`ftlib.cft.evaluation.outcomes`.
+        :func:`ftlib.outcomes.outcomes`.
     """
     written = answer(model, tokenizer, exams, world)
     references = [one for exam in exams.values() for one in exam.answers]

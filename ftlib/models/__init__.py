@@ -1,6 +1,6 @@
 """Models by short name, wherever they are found, and tiny ones made on the spot."""
 
-from ftlib.models.loading import load_causal_lm
+from ftlib.models.loading import load_causal_lm, load_seq2seq_lm
 from ftlib.models.sources import (
     Holding,
     ModelCorrupt,
@@ -17,5 +17,6 @@ __all__ = [
     "available",
     "catalogue",
     "load_causal_lm",
+    "load_seq2seq_lm",
     "locate",
 ]

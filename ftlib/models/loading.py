@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftlib import runtime
 from ftlib.models.sources import ModelCorrupt, locate
@@ -33,15 +33,49 @@ def load_causal_lm(
         ModelUnavailable: the model is neither here nor to be had.
         ModelCorrupt: the weights are damaged or altered.
     """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, dtype, device)
+
+
+def load_seq2seq_lm(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an encoder-decoder and its tokenizer by short name.
+
+    As :func:`load_causal_lm` in all else.
+
+    Args:
+        name: short name of the model.
+        dtype: of the weights; by default :func:`ftlib.runtime.precision`'s choice.
+        device: where to put it; by default :func:`ftlib.runtime.device`.
+
+    Raises:
+        ValueError: no model has the name, or it is no encoder-decoder.
+        ModelUnavailable: the model is neither here nor to be had.
+        ModelCorrupt: the weights are damaged or altered.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, name, dtype, device)
+
+
+def _load(
+    kind: Any, name: str, dtype: torch.dtype | None, device: torch.device | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of a kind, one of transformers' automatic classes."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = locate(name)
     device = device or runtime.device()
     dtype = dtype or runtime.precision(device).dtype
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except SafetensorError as error:

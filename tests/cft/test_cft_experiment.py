@@ -24,7 +24,8 @@ from ftlib.cft.settings import (
     Recipe,
 )
 from ftlib.cft.solutions import CHAIN, split_of
-from ftlib.results import Metric, NotRecordedError
+from ftlib.outcomes import outcomes
+from ftlib.results import NotRecordedError
 from ftlib.training import TrainingSettings, train
 
 TOY_BASE = BaseSettings(
@@ -76,7 +77,7 @@ def test_an_arm_runs_from_end_to_end(name):
     assert {"gap", "gap valid", "no-gap", "accuracy", "last gap", "step"} <= set(
         metrics
     )
-    right = evaluation.outcomes(metrics, "gap")
+    right = outcomes(metrics, "gap")
     assert len(right) == TOY.test
     assert right.mean() == metrics["gap"].value
 
@@ -444,13 +445,3 @@ def test_completions_equal_greedy_steps_whatever_the_padding():
             assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(token)
         assert len(tokens) == 4 or tokens[-1] == VOCABULARY.end
-
-
-def test_outcomes_survive_a_record():
-    right = np.random.default_rng(0).random(123) < 0.5
-    right[:50] = True  # all bits of a number
-    metrics = evaluation.outcome_metrics("gap", right)
-    stored = {k: Metric(float(repr(v.value)), v.n) for k, v in metrics.items()}
-    assert (evaluation.outcomes(stored, "gap") == right).all()
-    with pytest.raises(NotRecordedError):
-        evaluation.outcomes(stored, "no-gap")

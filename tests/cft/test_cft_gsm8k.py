@@ -17,7 +17,7 @@ from ftlib.cft import experiment, gsm8k
 from ftlib.cft.annotations import worked
 from ftlib.cft.critiques import is_right
 from ftlib.cft.data import INSTRUCTION, encode_prompts
-from ftlib.cft.evaluation import complete, outcomes
+from ftlib.cft.evaluation import complete
 from ftlib.cft.finetuning import strangers
 from ftlib.cft.gsm8k import Condition, Exam, Homework, Written
 from ftlib.cft.settings import (
@@ -34,6 +34,7 @@ from ftlib.data import DataUnavailable
 from ftlib.data import gsm8k as load_gsm8k
 from ftlib.experiments import load_plan, run_plan
 from ftlib.metrics import Grade, grade
+from ftlib.outcomes import outcomes
 from ftlib.results import Metric, NotRecordedError, read
 
 CHATML = (

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from ftlib import models, runtime
 
@@ -58,6 +59,27 @@ def test_pickled_weights_are_never_read(folder):
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     with pytest.raises(OSError, match="safetensors"):
         models.load_causal_lm(NAME)
+
+
+def test_an_encoder_decoder_comes_as_it_was_saved(isolated, monkeypatch, tiny_llama):
+    monkeypatch.setenv("FTLIB_MODEL_DIR", str(isolated))
+    monkeypatch.setenv("FTLIB_DEVICE", "cpu")
+    folder = shutil.copytree(tiny_llama, isolated / "flan-t5-small")
+    config = T5Config(vocab_size=10, d_model=8, d_ff=8, d_kv=4, num_layers=1)
+    saved = T5ForConditionalGeneration(config)
+    saved.save_pretrained(folder)
+    model, tokenizer = models.load_seq2seq_lm("flan-t5-small")
+    assert model.config.is_encoder_decoder
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert torch.equal(model.shared.weight, saved.shared.weight)
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id == 2
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_decoder_is_no_encoder_decoder():
+    with pytest.raises(ValueError, match="LlamaConfig"):
+        models.load_seq2seq_lm(NAME)
 
 
 @pytest.mark.parametrize("name", ["stories15m", "smollm2-135m"])

@@ -1,0 +1,478 @@
+"""The plan runs, its arms differ in what they name, and nothing leaks into a test."""
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from ftlib import results
+from ftlib.caref import evaluation, experiment, tasks
+from ftlib.caref.baselines import SPARSEMAX
+from ftlib.caref.evaluation import LABEL_TOKENS, VOCABULARY, Beliefs
+from ftlib.caref.evidence import (
+    HEDGES,
+    LABELS,
+    WORDING_ENTROPY,
+    WORDINGS,
+    posterior,
+    sample,
+    split_of,
+)
+from ftlib.caref.objective import training_loss
+from ftlib.caref.settings import (
+    ADALORA,
+    BASELINES,
+    EVIDENCE,
+    GRID,
+    KNOB,
+    LEARNING_RATES,
+    BaseSettings,
+)
+from ftlib.metrics.bertscore import Encoder
+from ftlib.outcomes import outcomes
+from ftlib.results import PACKED_PREFIX, NotRecordedError
+from ftlib.training import TrainingSettings
+
+TOY_BASE = BaseSettings(
+    width=16,
+    layers=1,
+    heads=2,
+    feed_forward=16,
+    logits=128,
+    examples=64,
+    training=TrainingSettings(
+        steps=4, batch_size=16, learning_rate=1e-3, checkpoint_every=2
+    ),
+)
+TOY = dataclasses.replace(
+    EVIDENCE,
+    base=TOY_BASE,
+    examples=40,
+    steps=10,
+    batch_size=8,
+    validation=20,
+    test=40,
+    edited=6,
+    compared=4,
+)
+NAMED = {"arm", "recipe", "learning_rate", "method", "judge"}
+CONDITIONS = {c.name: c for c in experiment.conditions(TOY)}
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch, tmp_path_factory):
+    # One cache for all tests: the toy base is then trained once.
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("FTLIB_DEVICE", "cpu")
+    monkeypatch.setenv("CI", "true")
+
+
+@pytest.fixture
+def _judge(monkeypatch, tmp_path):
+    """A BERT with random weights in the place of the real one."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *VOCABULARY.words]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=32)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    encoder = Encoder(BertModel(config).eval(), tokenizer, 1, "tiny")
+    monkeypatch.setattr(evaluation, "judge", lambda: encoder)
+
+
+def base_weights():
+    return experiment.base_model(TOY_BASE, 0).state_dict()
+
+
+# -- the plan --------------------------------------------------------------------------
+
+
+def test_arms_are_recorded_under_distinct_names():
+    names = [str(arm) for arm in experiment.plan("cpu")]
+    assert len(names) == len(set(names))
+    assert {f"evidence/{name}" for name in (*GRID, *BASELINES)} < set(names)
+    assert {f"knob/{name}" for name in KNOB} < set(names)
+
+
+def test_every_trained_arm_of_the_table_is_tuned():
+    tuned = {
+        a.settings["method"]
+        for a in experiment.plan("cpu")
+        if a.experiment == "learning-rate"
+    }
+    assert tuned == {*GRID, *BASELINES} - {"base", "temperature"} == {*LEARNING_RATES}
+
+
+def test_arms_differ_only_in_what_they_name():
+    arms = experiment.evidence_arms(TOY)
+    shared = [{k: v for k, v in a.settings.items() if k not in NAMED} for a in arms]
+    assert all(settings == shared[0] for settings in shared)
+    assert shared[0].keys() == dataclasses.asdict(TOY).keys()
+    recipes = {
+        a.name: str(a.settings["recipe"])
+        for a in arms
+        if a.experiment != "learning-rate"
+    }
+    assert len(set(recipes.values())) == len(recipes)
+
+
+def test_learning_rates_are_tuned_on_seeds_of_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        experiment, "fine_tune", lambda c, rate, seed: seen.append((c.name, rate, seed))
+    )
+    arms = [a for a in experiment.evidence_arms(TOY) if a.experiment == "learning-rate"]
+    with pytest.raises(AttributeError):  # it returned no model
+        arms[0].run(1)
+    assert seen == [
+        (arms[0].settings["method"], arms[0].settings["learning_rate"], 1001)
+    ]
+
+
+def test_learning_rates_are_the_best_of_the_records():
+    """The best mean validation accuracy on the tuning seeds, the smallest among equals.
+
+    Without records there is nothing yet that the rates could follow.
+    """
+    try:
+        records = results.load("caref", "cpu").select(experiment="learning-rate")
+    except NotRecordedError:
+        pytest.skip("caref is not recorded yet")
+    tried = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        method, rate = record.settings["method"], record.settings["learning_rate"]
+        tried[method][rate].append(record.metrics["validation"].value)
+    best = {
+        method: max(sorted(rates), key=lambda rate: np.mean(rates[rate]))
+        for method, rates in tried.items()
+    }
+    assert best == LEARNING_RATES
+
+
+# -- runs ------------------------------------------------------------------------------
+
+
+# One of each way through the code.
+@pytest.mark.parametrize(
+    "name", ["base", "temperature", "sparsemax", "AQ CAREF", "LoRA r=4", "AdaLoRA"]
+)
+@pytest.mark.usefixtures("_judge")
+def test_an_arm_runs_from_end_to_end(name):
+    condition = CONDITIONS[name]
+    metrics = experiment.run(condition, condition.learning_rate, 0)
+    right = outcomes(metrics, "label")
+    test = experiment.examples_of(TOY, "test", 0)
+    hedged = evaluation.is_hedged(test)
+    assert len(right) == TOY.test
+    assert right[hedged].mean() == pytest.approx(metrics["hedged"].value)
+    assert right[~hedged].mean() == pytest.approx(metrics["plain"].value)
+    assert outcomes(metrics, "evidence").mean() == metrics["evidence"].value
+    shown = {k for k in metrics if not k.startswith(PACKED_PREFIX)}
+    assert {"ECE", "Brier", "nBERT", "flips cited", "simulatability"} < shown
+    assert ("temperature" in shown) == (name == "temperature")
+
+
+def test_tuning_looks_at_validation_alone(monkeypatch):
+    seen = []
+    real = experiment.examples_of
+
+    def noted(world, split, seed):
+        seen.append((split, seed))
+        return real(world, split, seed)
+
+    monkeypatch.setattr(experiment, "examples_of", noted)
+    metrics = experiment.tune(CONDITIONS["CE"], 1e-3, 0)
+    assert set(seen) == {("train", 1000), ("validation", 1000)}
+    examples = real(TOY, "validation", 1000)
+    assert metrics["validation"].n == (~evaluation.is_hedged(examples)).sum()
+
+
+@pytest.mark.usefixtures("_judge")
+def test_the_temperature_is_fitted_to_validation_and_changes_labels_alone(monkeypatch):
+    seen = []
+    real = experiment.fit_temperature
+
+    def noted(logits, labels):
+        seen.append((np.asarray(logits), np.asarray(labels)))
+        return real(logits, labels)
+
+    monkeypatch.setattr(experiment, "fit_temperature", noted)
+    scaled = experiment.run(CONDITIONS["temperature"], 1e-3, 0)
+    plain = experiment.run(CONDITIONS["CE"], 1e-3, 0)
+    [(logits, labels)] = seen
+    validation = experiment.examples_of(TOY, "validation", 0)
+    assert [LABELS[index] for index in labels] == [e.label for e in validation]
+    assert logits.shape == (TOY.validation, 3)
+    changed = {
+        k
+        for k, metric in plain.items()
+        if not k.startswith(PACKED_PREFIX)
+        and str(scaled[k]) != str(metric)  # NaN is NaN
+    }
+    assert {"NLL", "Brier", "hedged confidence"} <= changed
+    kept = {"plain", "hedged", "label entropy", "evidence", "nBERT", "flips cited"}
+    assert not changed & kept
+
+
+def test_aq_leaves_other_weights_bit_for_bit():
+    before = base_weights()
+    after = experiment.fine_tune(CONDITIONS["AQ CE"], 3e-3, 0).state_dict()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {n for n in before if n.startswith("decoder") and ".q." in n}
+    assert len(changed) == 2 * TOY_BASE.layers
+
+
+@pytest.mark.parametrize("name", ["LoRA r=4", "AdaLoRA"])
+def test_adapters_leave_the_base_bit_for_bit(name):
+    model = experiment.fine_tune(CONDITIONS[name], 3e-3, 0)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in n for n in trained)
+    after = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): weight
+        for n, weight in model.state_dict().items()
+        if "lora_" not in n and "ranknum" not in n
+    }
+    for n, weight in base_weights().items():
+        assert torch.equal(weight, after[n])
+
+
+def test_adalora_ends_with_the_ranks_it_was_told():
+    model = experiment.fine_tune(CONDITIONS["AdaLoRA"], 1e-2, 0)
+    diagonals = [p for n, p in model.named_parameters() if "lora_E" in n]
+    kept = sum(int((p != 0).sum()) for p in diagonals)
+    assert kept == ADALORA["target_rank"] * len(diagonals)
+
+
+def test_non_orthogonality_is_that_of_peft():
+    model = experiment.fine_tune(CONDITIONS["AdaLoRA"], 1e-2, 0)
+    batch = evaluation.collate(evaluation.pairs(sample(4, "train", 0)))
+    model.eval()
+    with torch.no_grad():
+        whole = model.base_model(**batch).loss
+        plain = model.base_model.model(**batch).loss
+        penalty = experiment.non_orthogonality(model)
+    weight = model.peft_config["default"].orth_reg_weight
+    torch.testing.assert_close(whole - plain, weight * penalty)
+
+
+def test_arms_of_a_seed_see_the_same_examples_in_the_same_order(monkeypatch):
+    seen = []
+
+    def noted(learner, batch):
+        seen[-1].append(batch["input_ids"])
+        return training_loss(learner, batch)
+
+    monkeypatch.setattr(experiment, "training_loss", noted)
+    for name in ("CE", "AQ CAREF", "AdaLoRA"):
+        seen.append([])
+        experiment.fine_tune(CONDITIONS[name], 1e-3, 0)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+def test_splits_share_no_question():
+    world = dataclasses.replace(TOY, examples=200, validation=100, test=100)
+    drawn = {
+        split: experiment.examples_of(world, split, 3)
+        for split in ("train", "validation", "test")
+    }
+    drawn["pretrain"] = experiment.corpus(TOY_BASE, 3)
+    texts = {k: {e.question for e in v} for k, v in drawn.items()}
+    for split, questions in texts.items():
+        assert {split_of(question) for question in questions} == {split}
+    for one, other in itertools.combinations(texts.values(), 2):
+        assert not one & other
+
+
+# -- the base --------------------------------------------------------------------------
+
+
+def test_a_base_has_a_head_of_its_own():
+    model = experiment.new_model(TOY_BASE)
+    batch = evaluation.collate(evaluation.pairs(sample(4, "train", 0)))
+    states = model(**batch, output_hidden_states=True)
+    hidden = states.decoder_hidden_states[-1]
+    torch.testing.assert_close(states.logits, hidden @ model.lm_head.weight.T)
+    states.loss.backward()
+    assert model.lm_head.weight.grad is not model.shared.weight.grad
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+
+
+def test_a_base_is_pretrained_once_and_resumes(monkeypatch, tmp_path):
+    whole = experiment.base_model(TOY_BASE, 7).state_dict()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained a second time")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", refuse)
+        cached = experiment.base_model(TOY_BASE, 7).state_dict()
+    assert all(torch.equal(cached[name], whole[name]) for name in whole)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def dies(learner, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return training_loss(learner, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "training_loss", dies)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.base_model(TOY_BASE, 7)
+        calls.extend([1] * 10)  # from here on it lives
+        resumed = experiment.base_model(TOY_BASE, 7).state_dict()
+    assert len(calls) == 4 + 10 + 2  # steps 3 and 4, after the checkpoint of step 2
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+# -- what is measured ------------------------------------------------------------------
+
+
+def told(examples, shortcut=0.0):
+    """Beliefs of a reader who knows the world."""
+    label = np.zeros((len(examples), 128))
+    wording = np.zeros((len(examples), 128))
+    label[:, LABEL_TOKENS] = [posterior(e, shortcut) for e in examples]
+    wording[:, evaluation.WORDING_TOKENS] = list(WORDINGS.values())
+    return Beliefs(label, wording)
+
+
+def test_the_exact_posterior_has_no_distance_and_believes_what_hedges_say():
+    world = dataclasses.replace(TOY.world, shortcut=0.6)
+    examples = sample(1500, "test", 0, world)
+    beliefs = told(examples, 0.6)
+    metrics = evaluation.decision_metrics(beliefs.labels, examples, 0.6)
+    assert metrics["hedged distance"].value == pytest.approx(0, abs=1e-12)
+    assert metrics["Brier"] == metrics["posterior Brier"]
+    assert metrics["plain"].value == metrics["plain misled"].value == 1
+    assert 0 < metrics["plain misled"].n < metrics["plain"].n
+    for hedge, probability in HEDGES.items():
+        belief = metrics[f"belief {hedge}"]
+        assert belief.value == pytest.approx(probability, abs=4 * 0.35 / belief.n**0.5)
+    spread = evaluation.distribution_metrics(beliefs)
+    assert spread["wording entropy"].value == pytest.approx(WORDING_ENTROPY)
+    assert spread["wording distance"].value == pytest.approx(0)
+    assert spread["label mass"].value == pytest.approx(1)
+
+
+def test_labels_without_probability_are_equally_likely():
+    label = np.zeros((2, 128))
+    label[0, LABEL_TOKENS[1]], label[0, 0], label[1, 0] = 0.25, 0.75, 1.0
+    beliefs = Beliefs(label, label)
+    assert beliefs.labels.tolist() == [[0, 1, 0], [1 / 3] * 3]
+    assert evaluation.distribution_metrics(beliefs)["label mass"].value == 0.125
+
+
+def test_histograms_count_every_entropy():
+    counts = evaluation.histogram("x", np.array([0.0, 0.24, 0.26, 7.6]))
+    assert {
+        name.rpartition("/")[2]: metric.value for name, metric in counts.items()
+    } == {
+        "0": 2,
+        "1": 1,
+        "30": 1,
+    }
+
+
+def test_beliefs_stand_where_label_and_wording_are_predicted():
+    """The example's own label is seen by what follows, and not when it is decided."""
+    torch.manual_seed(0)
+    model = experiment.new_model(TOY_BASE)
+    [one] = sample(1, "test", 0)
+    other = dataclasses.replace(
+        one, label=LABELS[LABELS.index(one.label) - 1], wording="it says"
+    )
+    first, second = (
+        evaluation.believe(model, [e], lambda z: z.softmax(-1)) for e in (one, other)
+    )
+    assert (first.label == second.label).all()
+    assert (first.wording != second.wording).any()
+    logits = model(**evaluation.collate(evaluation.pairs([one]))).logits
+    expected = logits[0, 2].softmax(-1).detach().numpy()
+    assert first.wording[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sparse_heads_are_judged_in_their_own_probabilities():
+    assert CONDITIONS["sparsemax"].probabilities == SPARSEMAX.probabilities
+    logits = torch.tensor([[3.0, 0.0, 0.0]])
+    assert CONDITIONS["sparsemax"].probabilities(logits)[0, 1] == 0
+    for name in ("base", "focal", "CAREF"):
+        assert CONDITIONS[name].probabilities(logits)[0, 1] > 0
+
+
+@pytest.mark.parametrize(
+    ("output", "valid"),
+    [
+        ("neutral because we read nothing of tom", True),
+        ("neutral because it says tom follows mia and mia is likely in rome", True),
+        ("neutral because we read tom is rome", False),
+        ("neutral because tom is in rome", False),
+        ("mia because we read tom is in rome", False),
+        ("neutral because we read tom is in rome and", False),
+        ("neutral", False),
+    ],
+)
+def test_format(output, valid):
+    assert evaluation.is_well_formed(*tasks.read(output)) == valid
+
+
+@pytest.mark.usefixtures("_judge")
+def test_a_reader_who_knows_the_world_gets_full_marks():
+    examples = sample(60, "test", 0, TOY.world)
+    by_text = {e.text: e for e in examples}
+
+    def predict(texts):
+        known = [by_text[text] for text in texts]
+        return [e.label for e in known], [e.explanations[0] for e in known]
+
+    metrics = evaluation.explanation_metrics(predict, examples, 10)
+    for name in ("valid", "evidence", "justified"):
+        assert metrics[name].value == 1
+    assert metrics["nBERT"].value == pytest.approx(100, abs=1e-3)
+    assert metrics["nBERT"].n == 10
+
+
+def test_writing_is_the_argmax_word_by_word():
+    torch.manual_seed(0)
+    model = experiment.new_model(TOY_BASE).eval()
+    texts = [e.text for e in sample(3, "test", 0, dataclasses.replace(TOY.world))]
+    for text, written in zip(texts, evaluation.write(model, texts), strict=True):
+        ids, source = [VOCABULARY.pad], torch.tensor([VOCABULARY.encode(text)])
+        for _ in range(evaluation.LONGEST):
+            logits = model(source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits[: len(VOCABULARY)].argmax()))
+            if ids[-1] == VOCABULARY.end:
+                break
+        assert VOCABULARY.decode(ids) == written
+
+
+def test_the_predictor_asks_about_each_input_once(monkeypatch):
+    asked = []
+
+    def write(model, texts):
+        asked.extend(texts)
+        return [f"neutral because {text}" for text in texts]
+
+    monkeypatch.setattr(evaluation, "write", write)
+    predict = evaluation.predictor(None)
+    assert predict(["a", "b", "a"]) == (["neutral"] * 3, ["a", "b", "a"])
+    assert predict(["b", "c"])[1] == ["b", "c"]
+    assert asked == ["a", "b", "c"]
+
+
+def test_nothing_to_average_is_no_number():
+    assert math.isnan(evaluation._mean(np.array([])).value)
