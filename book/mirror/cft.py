@@ -480,16 +480,17 @@ assert all(learned[first:])
 # ### Ten lines for a model of yours
 #
 # Bring questions, responses and critiques, three strings for each example. Here SmolLM2
-# with 135 million parameters stands for your model, and eight GSM8K problems for your
-# data.
+# with 135 million parameters stands for your model, and eight short GSM8K problems for
+# your data.
 
 # %%
 if models.available("smollm2-135m", fetch=True):
     model, tokenizer = models.load_causal_lm("smollm2-135m")
+    short = sorted(made, key=lambda c: len(c.reference.question))[:8]
     triples = [
         (c.response.question, c.response.text(GSM8K),
          write_critique("rederive", c.response, c.reference, GSM8K))
-        for c in made[:8]
+        for c in short
     ]
     # From here on it is your code.
     examples = [criticise(*triple) for triple in triples]
