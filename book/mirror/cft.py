@@ -678,7 +678,7 @@ Markdown(results.markdown_table(informed))
 
 # %%
 torch.set_num_threads(1)  # so small a model is not faster on more
-LIVE = ["SFT noisy", "SFT teacher", "CFT rederive"]
+LIVE = ["SFT noisy", "CFT rederive"]
 live = {}
 for condition in experiment.conditions(CHAINS):
     if condition.experiment == "chains" and condition.name in LIVE:
