@@ -192,21 +192,20 @@ TRIED_LEARNING_RATES: dict[Weights, tuple[float, ...]] = {
     **dict.fromkeys(("AQ", "LoRA r=4", "LoRA r=16"), (1e-3, 3e-3, 1e-2)),
     "AdaLoRA": (3e-3, 1e-2, 3e-2),
 }
-# Not yet tuned.
 LEARNING_RATES: dict[str, float] = {
-    "CE": 1e-3,
+    "CE": 3e-3,
     "KL": 1e-3,
     "SCED": 1e-3,
-    "CAREF": 1e-3,
+    "CAREF": 3e-3,
     "AQ CE": 3e-3,
     "AQ KL": 3e-3,
     "AQ SCED": 3e-3,
     "AQ CAREF": 3e-3,
-    "label smoothing": 1e-3,
-    "focal": 1e-3,
-    "entmax": 1e-3,
-    "sparsemax": 1e-3,
+    "label smoothing": 3e-3,
+    "focal": 3e-3,
+    "entmax": 3e-3,
+    "sparsemax": 3e-3,
     "LoRA r=4": 3e-3,
     "LoRA r=16": 3e-3,
-    "AdaLoRA": 1e-2,
+    "AdaLoRA": 3e-2,
 }
