@@ -156,9 +156,9 @@ ON_OTHER_BASES = ("base", "SFT noisy", "SFT teacher", "CFT verdict", "CFT rederi
 NOISE = (0.25, 0.5)
 TEMPERATURES = (0.3, 0.6, 1.0)
 
-# The sizes were chosen on validation with seed 1000, at a learning rate of 3e-4, so that
-# SFT teacher stayed below 90 % on gap questions, and the base knows the others. At the
-# rate that the search then chose, SFT teacher lies a little above.
+# The sizes were chosen on validation with seed 1000 and a learning rate of 3e-4, so
+# that SFT teacher stayed below 90 % on gap questions, and the base knows the others. At
+# the rate that the search then chose, SFT teacher lies a little above.
 CHAINS = ChainSettings()
 
 # The experiment ``learning-rate`` tries these on seeds from 1000 up, which are not
