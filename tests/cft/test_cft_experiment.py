@@ -2,9 +2,7 @@
 
 import dataclasses
 import itertools
-from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
 
@@ -141,24 +139,13 @@ def test_learning_rates_are_tuned_on_seeds_of_their_own(monkeypatch):
     ]
 
 
-def test_learning_rates_are_the_best_of_the_records():
-    """The best mean validation accuracy on the tuning seeds, the smallest among equals.
-
-    Without records there is nothing yet that the rates could follow.
-    """
+def test_learning_rates_are_the_best_of_the_records(best_rates):
+    """Without records there is nothing yet that the rates could follow."""
     try:
         records = results.load("cft", "cpu").select(experiment="learning-rate")
     except NotRecordedError:
         pytest.skip("cft is not recorded yet")
-    tried = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        method, rate = record.settings["method"], record.settings["learning_rate"]
-        tried[method][rate].append(record.metrics["validation"].value)
-    best = {
-        method: max(sorted(rates), key=lambda rate: np.mean(rates[rate]))
-        for method, rates in tried.items()
-    }
-    assert best == LEARNING_RATES
+    assert best_rates(records, "method") == LEARNING_RATES
 
 
 # -- what the loss falls on ------------------------------------------------------------

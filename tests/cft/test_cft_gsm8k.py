@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,24 +168,13 @@ def test_arms_differ_only_in_what_they_name():
         assert arm.settings["learning_rate"] in ([0] if is_base else tried)
 
 
-def test_learning_rates_are_the_best_of_the_records():
-    """The best mean validation accuracy on the tuning seeds, the smallest among equals.
-
-    Without records there is nothing yet that the rates could follow.
-    """
+def test_learning_rates_are_the_best_of_the_records(best_rates):
+    """Without records there is nothing yet that the rates could follow."""
     try:
         tuning = results.load("cft", "gpu").select(experiment="gsm8k-learning-rate")
     except NotRecordedError:
         pytest.skip("cft is not recorded at scale gpu yet")
-    tried = defaultdict(lambda: defaultdict(list))
-    for record in tuning:
-        method, rate = record.settings["arm"], record.settings["learning_rate"]
-        tried[method][rate].append(record.metrics["validation"].value)
-    best = {
-        method: max(sorted(rates), key=lambda rate: np.mean(rates[rate]))
-        for method, rates in tried.items()
-    }
-    assert best == GSM8K_LEARNING_RATES
+    assert best_rates(tuning, "arm") == GSM8K_LEARNING_RATES
 
 
 def test_the_gpu_scale_runs_unattended_on_any_device(monkeypatch, tmp_path):
