@@ -12,21 +12,34 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def best_rates():
+def best_settings():
     """What a recorded search chose, by the setting that names what was tuned.
 
-    The best mean validation accuracy on the tuning seeds, the smallest among equals.
+    The settings of the best mean validation accuracy on the tuning seeds, those with
+    the smallest learning rate among equals.
     """
 
     def best(records, name):
         tried = defaultdict(lambda: defaultdict(list))
-        for record in records:
-            rates = tried[record.settings[name]]
-            rate = record.settings["learning_rate"]
-            rates[rate].append(record.metrics["validation"].value)
+        settings = {}
+        for record in sorted(records, key=lambda r: r.settings["learning_rate"]):
+            settings[record.arm] = record.settings
+            candidates = tried[record.settings[name]]
+            candidates[record.arm].append(record.metrics["validation"].value)
         return {
-            tuned: max(sorted(rates), key=lambda rate: np.mean(rates[rate]))
-            for tuned, rates in tried.items()
+            tuned: settings[max(means, key=lambda arm: np.mean(means[arm]))]
+            for tuned, means in tried.items()
         }
+
+    return best
+
+
+@pytest.fixture
+def best_rates(best_settings):
+    """The learning rates that a recorded search chose; see ``best_settings``."""
+
+    def best(records, name):
+        chosen = best_settings(records, name)
+        return {tuned: found["learning_rate"] for tuned, found in chosen.items()}
 
     return best

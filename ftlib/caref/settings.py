@@ -107,24 +107,55 @@ class EvidenceSettings:
 # something to learn, and CE with all weights stays below 95 % on plain questions.
 EVIDENCE = EvidenceSettings()
 
-Weights = Literal["all", "AQ", "LoRA r=4", "LoRA r=16", "AdaLoRA"]
+# The protocol's few examples, with its batches and epochs; all else is the same.
+FEW_SHOT = dataclasses.replace(EVIDENCE, examples=48, steps=600, batch_size=4)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA on every linear layer but the head, with the released code's values."""
+
+    rank: int = 4
+    alpha: int = 32
+    dropout: float = 0.1
+
+    def __str__(self) -> str:
+        return f"LoRA r={self.rank}"
+
+
+@dataclass(frozen=True)
+class AdaLora:
+    """AdaLoRA on every linear layer but the head.
+
+    Attributes:
+        rank: of every layer at the start.
+        target_rank: on average at the end.
+        alpha: the adapters are scaled by α/r.
+        dropout: of the adapters' inputs.
+        begins: share of the steps before the first rank is taken away.
+        ends: share of the steps after which none is.
+    """
+
+    rank: int = 8
+    target_rank: int = 4
+    alpha: int = 32
+    dropout: float = 0.1
+    begins: float = 0.1
+    ends: float = 0.6
+
+    def __str__(self) -> str:
+        return "AdaLoRA"
+
+    @property
+    def choice(self) -> str:
+        """What is chosen by validation, in a few words."""
+        return f"{self.rank} to {self.target_rank} by {self.ends:.0%}"
+
+
+Weights = Literal["all", "AQ"] | Lora | AdaLora
 """What is trained. The published shares of the weights are those of a large model: here
 AQ has 3.6 % (there 6.4), LoRA of rank 4 has 4.5 % (there 0.58, and AdaLoRA's 4.5), and
 LoRA of rank 16 the 15.8 % of rank 128."""
-
-LORA: dict[Weights, dict[str, Any]] = {
-    "LoRA r=4": {"rank": 4, "alpha": 32, "dropout": 0.1},
-    "LoRA r=16": {"rank": 16, "alpha": 32, "dropout": 0.1},
-}
-ADALORA: dict[str, Any] = {"rank": 8, "target_rank": 4, "alpha": 32, "dropout": 0.1}
-"""Ranks at the start, and on average at the end, where its size is that of LoRA r=4."""
-ADALORA_BEGINS, ADALORA_ENDS = 0.1, 0.6
-"""Shares of the steps between which ranks are taken away, as its authors do it: after a
-short while, and early enough to train what is left."""
-_ADAPTERS: dict[Weights, dict[str, Any]] = {
-    **LORA,
-    "AdaLoRA": {**ADALORA, "begins": ADALORA_BEGINS, "ends": ADALORA_ENDS},
-}
 
 
 @dataclass(frozen=True)
@@ -144,8 +175,12 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """All that is set, for the record."""
         found = dataclasses.asdict(self)
-        found["loss"] = {"kind": type(self.loss).__name__, **found["loss"]}
-        return {**found, "adapter": _ADAPTERS.get(self.weights)}
+        return {
+            "loss": {"kind": type(self.loss).__name__, **found["loss"]},
+            "weights": str(self.weights),
+            "temperature": self.temperature,
+            "adapter": None if isinstance(self.weights, str) else found["weights"],
+        }
 
 
 _SCED = TokenLoss(sced=CAREF.sced, alpha=CAREF.alpha, beta=CAREF.beta)
@@ -169,9 +204,9 @@ BASELINES: dict[str, Recipe | None] = {
     "focal": Recipe(FocalLoss()),
     "entmax": Recipe(ENTMAX15),
     "sparsemax": Recipe(SPARSEMAX),
-    "LoRA r=4": Recipe(weights="LoRA r=4"),
-    "LoRA r=16": Recipe(weights="LoRA r=16"),
-    "AdaLoRA": Recipe(weights="AdaLoRA"),
+    "LoRA r=4": Recipe(weights=Lora(rank=4)),
+    "LoRA r=16": Recipe(weights=Lora(rank=16)),
+    "AdaLoRA": Recipe(weights=AdaLora()),
 }
 # λ_SCED, which is 0.1 in the grid; then other α and β, which the paper calls the
 # divergence from uniform and a power-law penalty.
@@ -183,29 +218,59 @@ KNOB: dict[str, Recipe] = {
     "SCED (2, 0)": Recipe(dataclasses.replace(_SCED, alpha=2.0, beta=0.0)),
 }
 
-# The experiment ``learning-rate`` tries these on seeds from 1000 up, which are not
-# reported. For each arm the one with the highest accuracy on plain questions of
-# validation is taken: a criterion of the decision, not of its calibration.
+# The searches try these on seeds from 1000 up, which are not reported. For each arm the
+# one with the highest accuracy on plain questions of validation is taken: a criterion
+# of the decision, not of its calibration.
 TUNING_SEED = 1000
-TRIED_LEARNING_RATES: dict[Weights, tuple[float, ...]] = {
-    "all": (3e-4, 1e-3, 3e-3, 1e-2),
-    **dict.fromkeys(("AQ", "LoRA r=4", "LoRA r=16"), (1e-3, 3e-3, 1e-2)),
-    "AdaLoRA": (3e-3, 1e-2, 3e-2),
-}
-LEARNING_RATES: dict[str, float] = {
-    "CE": 3e-3,
-    "KL": 1e-3,
-    "SCED": 1e-3,
-    "CAREF": 3e-3,
-    "AQ CE": 3e-3,
-    "AQ KL": 3e-3,
-    "AQ SCED": 3e-3,
-    "AQ CAREF": 3e-3,
-    "label smoothing": 3e-3,
-    "focal": 3e-3,
-    "entmax": 3e-3,
-    "sparsemax": 3e-3,
-    "LoRA r=4": 3e-3,
-    "LoRA r=16": 3e-3,
-    "AdaLoRA": 3e-2,
+TRIED_ADALORA = tuple(
+    AdaLora(rank, target, ends=ends)
+    for rank, target in ((8, 4), (24, 16))
+    for ends in (0.3, 0.6)
+)
+"""Half as many weights as LoRA r=16 has and more, and two schedules; in the search with
+few examples only the one that was chosen with many."""
+
+
+def tried_rates(weights: Weights) -> tuple[float, ...]:
+    """Return the learning rates to choose from."""
+    if isinstance(weights, AdaLora):
+        return 1e-2, 3e-2, 1e-1
+    return (3e-4, 1e-3, 3e-3, 1e-2) if weights == "all" else (1e-3, 3e-3, 1e-2)
+
+
+LEARNING_RATES: dict[str, dict[str, float]] = {
+    "evidence": {
+        "CE": 3e-3,
+        "KL": 1e-3,
+        "SCED": 1e-3,
+        "CAREF": 3e-3,
+        "AQ CE": 3e-3,
+        "AQ KL": 3e-3,
+        "AQ SCED": 3e-3,
+        "AQ CAREF": 3e-3,
+        "label smoothing": 3e-3,
+        "focal": 3e-3,
+        "entmax": 3e-3,
+        "sparsemax": 3e-3,
+        "LoRA r=4": 3e-3,
+        "LoRA r=16": 3e-3,
+        "AdaLoRA": 3e-2,
+    },
+    "few-shot": {
+        "CE": 3e-3,
+        "KL": 1e-3,
+        "SCED": 1e-3,
+        "CAREF": 3e-3,
+        "AQ CE": 3e-3,
+        "AQ KL": 3e-3,
+        "AQ SCED": 3e-3,
+        "AQ CAREF": 3e-3,
+        "label smoothing": 3e-3,
+        "focal": 3e-3,
+        "entmax": 3e-3,
+        "sparsemax": 3e-3,
+        "LoRA r=4": 3e-3,
+        "LoRA r=16": 3e-3,
+        "AdaLoRA": 3e-2,
+    },
 }

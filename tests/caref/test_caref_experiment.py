@@ -24,12 +24,12 @@ from ftlib.caref.evidence import (
 )
 from ftlib.caref.objective import training_loss
 from ftlib.caref.settings import (
-    ADALORA,
     BASELINES,
     EVIDENCE,
     GRID,
     KNOB,
     LEARNING_RATES,
+    TRIED_ADALORA,
     BaseSettings,
 )
 from ftlib.metrics.bertscore import Encoder
@@ -60,7 +60,10 @@ TOY = dataclasses.replace(
     compared=4,
 )
 NAMED = {"arm", "recipe", "learning_rate", "method", "judge"}
-CONDITIONS = {c.name: c for c in experiment.conditions(TOY)}
+FEW = dataclasses.replace(TOY, examples=5, steps=6, batch_size=2)
+EVERY = experiment.conditions(TOY, FEW)
+CONDITIONS = {c.name: c for c in EVERY if c.experiment != "few-shot"}
+SEARCHES = {"evidence": "learning-rate", "few-shot": "few-shot learning-rate"}
 
 
 @pytest.fixture(autouse=True)
@@ -99,28 +102,41 @@ def base_weights():
 def test_arms_are_recorded_under_distinct_names():
     names = [str(arm) for arm in experiment.plan("cpu")]
     assert len(names) == len(set(names))
-    assert {f"evidence/{name}" for name in (*GRID, *BASELINES)} < set(names)
+    for table in ("evidence", "few-shot"):
+        assert {f"{table}/{name}" for name in (*GRID, *BASELINES)} < set(names)
     assert {f"knob/{name}" for name in KNOB} < set(names)
 
 
-def test_every_trained_arm_of_the_table_is_tuned():
-    tuned = {
-        a.settings["method"]
-        for a in experiment.plan("cpu")
-        if a.experiment == "learning-rate"
-    }
-    assert tuned == {*GRID, *BASELINES} - {"base", "temperature"} == {*LEARNING_RATES}
+@pytest.mark.parametrize(("table", "search"), SEARCHES.items())
+def test_every_trained_arm_of_a_table_is_tuned(table, search):
+    arms = [a for a in experiment.plan("cpu") if a.experiment == search]
+    tuned = {a.settings["method"] for a in arms}
+    assert tuned == {*GRID, *BASELINES} - {"base", "temperature"}
+    assert tuned == {*LEARNING_RATES[table]}
 
 
-def test_arms_differ_only_in_what_they_name():
-    arms = experiment.evidence_arms(TOY)
+def test_the_search_with_many_examples_chooses_adaloras_ranks_and_schedule_too():
+    candidates = experiment.candidates(CONDITIONS["AdaLoRA"])
+    assert {c.recipe.weights for c in candidates} == set(TRIED_ADALORA)
+    few = {c.name: c for c in EVERY if c.experiment == "few-shot"}["AdaLoRA"]
+    chosen = {c.recipe.weights for c in experiment.candidates(few)}
+    assert chosen == {BASELINES["AdaLoRA"].weights}
+
+
+@pytest.mark.parametrize(
+    ("tables", "world"), [({"evidence", "knob"}, TOY), ({"few-shot"}, FEW)]
+)
+def test_arms_differ_only_in_what_they_name(tables, world):
+    searches = {SEARCHES[name] for name in tables if name in SEARCHES}
+    arms = [
+        a
+        for a in experiment.evidence_arms(TOY, FEW)
+        if a.experiment in tables | searches
+    ]
     shared = [{k: v for k, v in a.settings.items() if k not in NAMED} for a in arms]
-    assert all(settings == shared[0] for settings in shared)
-    assert shared[0].keys() == dataclasses.asdict(TOY).keys()
+    assert all(settings == dataclasses.asdict(world) for settings in shared)
     recipes = {
-        a.name: str(a.settings["recipe"])
-        for a in arms
-        if a.experiment != "learning-rate"
+        a.name: str(a.settings["recipe"]) for a in arms if a.experiment in tables
     }
     assert len(set(recipes.values())) == len(recipes)
 
@@ -128,9 +144,11 @@ def test_arms_differ_only_in_what_they_name():
 def test_learning_rates_are_tuned_on_seeds_of_their_own(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        experiment, "fine_tune", lambda c, rate, seed: seen.append((c.name, rate, seed))
+        experiment,
+        "fine_tune",
+        lambda c, seed: seen.append((c.name, c.learning_rate, seed)),
     )
-    arms = [a for a in experiment.evidence_arms(TOY) if a.experiment == "learning-rate"]
+    arms = [a for a in experiment.plan("cpu") if a.experiment == "learning-rate"]
     with pytest.raises(AttributeError):  # it returned no model
         arms[0].run(1)
     assert seen == [
@@ -138,13 +156,19 @@ def test_learning_rates_are_tuned_on_seeds_of_their_own(monkeypatch):
     ]
 
 
-def test_learning_rates_are_the_best_of_the_records(best_rates):
-    """Without records there is nothing yet that the rates could follow."""
+@pytest.mark.parametrize(("table", "search"), SEARCHES.items())
+def test_what_is_tuned_is_the_best_of_the_records(table, search, best_settings):
+    """Without records there is nothing yet that the choice could follow."""
     try:
-        records = results.load("caref", "cpu").select(experiment="learning-rate")
+        records = results.load("caref", "cpu").select(experiment=search)
     except NotRecordedError:
         pytest.skip("caref is not recorded yet")
-    assert best_rates(records, "method") == LEARNING_RATES
+    best = best_settings(records, "method")
+    rates = {name: settings["learning_rate"] for name, settings in best.items()}
+    assert rates == LEARNING_RATES[table]
+    for name, settings in best.items():
+        recipe = (GRID | BASELINES)[name]
+        assert settings["recipe"] == recipe.settings()
 
 
 # -- runs ------------------------------------------------------------------------------
@@ -157,7 +181,7 @@ def test_learning_rates_are_the_best_of_the_records(best_rates):
 @pytest.mark.usefixtures("_judge")
 def test_an_arm_runs_from_end_to_end(name):
     condition = CONDITIONS[name]
-    metrics = experiment.run(condition, condition.learning_rate, 0)
+    metrics = experiment.run(condition, 0)
     right = outcomes(metrics, "label")
     test = experiment.examples_of(TOY, "test", 0)
     hedged = evaluation.is_hedged(test)
@@ -179,7 +203,7 @@ def test_tuning_looks_at_validation_alone(monkeypatch):
         return real(world, split, seed)
 
     monkeypatch.setattr(experiment, "examples_of", noted)
-    metrics = experiment.tune(CONDITIONS["CE"], 1e-3, 0)
+    metrics = experiment.tune(CONDITIONS["CE"], 0)
     assert set(seen) == {("train", 1000), ("validation", 1000)}
     examples = real(TOY, "validation", 1000)
     assert metrics["validation"].n == (~evaluation.is_hedged(examples)).sum()
@@ -195,8 +219,8 @@ def test_the_temperature_is_fitted_to_validation_and_changes_labels_alone(monkey
         return real(logits, labels)
 
     monkeypatch.setattr(experiment, "fit_temperature", noted)
-    scaled = experiment.run(CONDITIONS["temperature"], 1e-3, 0)
-    plain = experiment.run(CONDITIONS["CE"], 1e-3, 0)
+    scaled = experiment.run(CONDITIONS["temperature"], 0)
+    plain = experiment.run(CONDITIONS["CE"], 0)
     [(logits, labels)] = seen
     validation = experiment.examples_of(TOY, "validation", 0)
     assert [LABELS[index] for index in labels] == [e.label for e in validation]
@@ -214,7 +238,7 @@ def test_the_temperature_is_fitted_to_validation_and_changes_labels_alone(monkey
 
 def test_aq_leaves_other_weights_bit_for_bit():
     before = base_weights()
-    after = experiment.fine_tune(CONDITIONS["AQ CE"], 3e-3, 0).state_dict()
+    after = experiment.fine_tune(CONDITIONS["AQ CE"], 0).state_dict()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed == {n for n in before if n.startswith("decoder") and ".q." in n}
     assert len(changed) == 2 * TOY_BASE.layers
@@ -222,7 +246,7 @@ def test_aq_leaves_other_weights_bit_for_bit():
 
 @pytest.mark.parametrize("name", ["LoRA r=4", "AdaLoRA"])
 def test_adapters_leave_the_base_bit_for_bit(name):
-    model = experiment.fine_tune(CONDITIONS[name], 3e-3, 0)
+    model = experiment.fine_tune(CONDITIONS[name], 0)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in n for n in trained)
@@ -236,14 +260,15 @@ def test_adapters_leave_the_base_bit_for_bit(name):
 
 
 def test_adalora_ends_with_the_ranks_it_was_told():
-    model = experiment.fine_tune(CONDITIONS["AdaLoRA"], 1e-2, 0)
+    model = experiment.fine_tune(CONDITIONS["AdaLoRA"], 0)
     diagonals = [p for n, p in model.named_parameters() if "lora_E" in n]
+    weights = BASELINES["AdaLoRA"].weights
     kept = sum(int((p != 0).sum()) for p in diagonals)
-    assert kept == ADALORA["target_rank"] * len(diagonals)
+    assert kept == weights.target_rank * len(diagonals)
 
 
 def test_non_orthogonality_is_that_of_peft():
-    model = experiment.fine_tune(CONDITIONS["AdaLoRA"], 1e-2, 0)
+    model = experiment.fine_tune(CONDITIONS["AdaLoRA"], 0)
     batch = evaluation.collate(evaluation.pairs(sample(4, "train", 0)))
     model.eval()
     with torch.no_grad():
@@ -264,7 +289,7 @@ def test_arms_of_a_seed_see_the_same_examples_in_the_same_order(monkeypatch):
     monkeypatch.setattr(experiment, "training_loss", noted)
     for name in ("CE", "AQ CAREF", "AdaLoRA"):
         seen.append([])
-        experiment.fine_tune(CONDITIONS[name], 1e-3, 0)
+        experiment.fine_tune(CONDITIONS[name], 0)
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
