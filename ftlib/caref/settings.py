@@ -110,6 +110,12 @@ EVIDENCE = EvidenceSettings()
 # The protocol's few examples, with its batches and epochs; all else is the same.
 FEW_SHOT = dataclasses.replace(EVIDENCE, examples=48, steps=600, batch_size=4)
 
+# A base that is less sure of everything, since it was pre-trained for a third as long.
+SHORT_BASE = dataclasses.replace(
+    EVIDENCE,
+    base=BaseSettings(training=dataclasses.replace(_PRETRAINING, steps=700)),
+)
+
 
 @dataclass(frozen=True)
 class Lora:

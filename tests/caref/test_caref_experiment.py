@@ -61,8 +61,15 @@ TOY = dataclasses.replace(
 )
 NAMED = {"arm", "recipe", "learning_rate", "method", "judge"}
 FEW = dataclasses.replace(TOY, examples=5, steps=6, batch_size=2)
-EVERY = experiment.conditions(TOY, FEW)
-CONDITIONS = {c.name: c for c in EVERY if c.experiment != "few-shot"}
+SHORT = dataclasses.replace(
+    TOY,
+    base=dataclasses.replace(
+        TOY_BASE, training=dataclasses.replace(TOY_BASE.training, steps=2)
+    ),
+)
+WORLDS = {"evidence": TOY, "few-shot": FEW, "short base": SHORT, "knob": TOY}
+EVERY = experiment.conditions(WORLDS)
+CONDITIONS = {c.name: c for c in EVERY if c.experiment in ("evidence", "knob")}
 SEARCHES = {"evidence": "learning-rate", "few-shot": "few-shot learning-rate"}
 
 
@@ -124,14 +131,13 @@ def test_the_search_with_many_examples_chooses_adaloras_ranks_and_schedule_too()
 
 
 @pytest.mark.parametrize(
-    ("tables", "world"), [({"evidence", "knob"}, TOY), ({"few-shot"}, FEW)]
+    ("tables", "world"),
+    [({"evidence", "knob"}, TOY), ({"few-shot"}, FEW), ({"short base"}, SHORT)],
 )
 def test_arms_differ_only_in_what_they_name(tables, world):
     searches = {SEARCHES[name] for name in tables if name in SEARCHES}
     arms = [
-        a
-        for a in experiment.evidence_arms(TOY, FEW)
-        if a.experiment in tables | searches
+        a for a in experiment.evidence_arms(WORLDS) if a.experiment in tables | searches
     ]
     shared = [{k: v for k, v in a.settings.items() if k not in NAMED} for a in arms]
     assert all(settings == dataclasses.asdict(world) for settings in shared)
