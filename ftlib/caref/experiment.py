@@ -205,15 +205,15 @@ def candidates(condition: Condition) -> list[Condition]:
 
     The latter are chosen only in the search with many examples.
     """
-    recipe = condition.recipe
+    recipe, few = condition.recipe, condition.experiment == "few-shot"
     assert recipe
     recipes = [recipe]
-    if isinstance(recipe.weights, AdaLora) and condition.experiment == "evidence":
+    if isinstance(recipe.weights, AdaLora) and not few:
         recipes = [dataclasses.replace(recipe, weights=w) for w in TRIED_ADALORA]
     return [
         dataclasses.replace(condition, recipe=tried, learning_rate=rate)
         for tried in recipes
-        for rate in tried_rates(tried.weights)
+        for rate in tried_rates(tried.weights, few)
     ]
 
 

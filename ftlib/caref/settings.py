@@ -237,11 +237,15 @@ TRIED_ADALORA = tuple(
 few examples only the one that was chosen with many."""
 
 
-def tried_rates(weights: Weights) -> tuple[float, ...]:
-    """Return the learning rates to choose from."""
+def tried_rates(weights: Weights, few: bool) -> tuple[float, ...]:
+    """Return the learning rates to choose from; with few examples a smaller one too."""
     if isinstance(weights, AdaLora):
-        return 1e-2, 3e-2, 1e-1
-    return (3e-4, 1e-3, 3e-3, 1e-2) if weights == "all" else (1e-3, 3e-3, 1e-2)
+        smaller, rates = 3e-3, (1e-2, 3e-2, 1e-1)
+    elif weights == "all":
+        smaller, rates = 1e-4, (3e-4, 1e-3, 3e-3, 1e-2)
+    else:
+        smaller, rates = 3e-4, (1e-3, 3e-3, 1e-2)
+    return (smaller, *rates) if few else rates
 
 
 LEARNING_RATES: dict[str, dict[str, float]] = {
