@@ -120,6 +120,25 @@ class TrainingSettings:
                 + ", ".join(get_args(Schedule))
             )
 
+    @classmethod
+    def fine_tuning(
+        cls,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        seed: int,
+        schedule: Schedule = "cosine",
+    ) -> TrainingSettings:
+        """Return settings whose warm-up takes a tenth of the steps."""
+        return cls(
+            steps,
+            batch_size,
+            learning_rate,
+            schedule,
+            warmup_steps=steps // 10,
+            seed=seed,
+        )
+
 
 class History(list[dict[str, float]]):
     """The records of a run, one a step.
@@ -131,6 +150,30 @@ class History(list[dict[str, float]]):
     def column(self, name: str) -> list[float]:
         """Return one quantity, step by step."""
         return [record[name] for record in self]
+
+
+class Learner(nn.Module):
+    """A model together with its loss, for :func:`train`.
+
+    What Accelerate wraps, for several processes or for mixed precision, has to contain
+    the loss where the loss calls the model's parts one by one.
+
+    Args:
+        model: the model, whose weights are trained.
+        loss: takes the model and, by name, what a collator's batch holds.
+
+    Attributes:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, **batch: Any) -> Any:
+        """Return the loss of a batch."""
+        return self._loss(self.model, **batch)
 
 
 class NonFiniteLossError(ArithmeticError):

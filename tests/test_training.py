@@ -16,7 +16,6 @@ import torch
 from _two_process_training import STEPS as TWO_PROCESS_STEPS
 from _two_process_training import weights as two_process_weights
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -43,14 +42,6 @@ def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """Let a test set Accelerate up in its own way."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def make_model(dtype=torch.float32):
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
@@ -69,6 +60,14 @@ def squared_error(model, batch):
 
 def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_fine_tuning_warms_up_over_a_tenth_of_the_steps():
+    assert TrainingSettings.fine_tuning(55, 4, 1e-3, 7) == TrainingSettings(
+        steps=55, batch_size=4, learning_rate=1e-3, warmup_steps=5, seed=7
+    )
+    linear = TrainingSettings.fine_tuning(9, 4, 1e-3, 0, "linear")
+    assert (linear.warmup_steps, linear.schedule) == (0, "linear")
 
 
 # --- the data -----------------------------------------------------------------------
@@ -401,10 +400,8 @@ def test_a_forward_of_the_model_s_own_outlives_training():
     assert model.forward is doubled
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_bf16_casts_the_forward_pass_and_no_weight(monkeypatch):
-    bf16 = runtime.Precision(torch.bfloat16, "as on a GPU of capability 8.0")
-    monkeypatch.setattr(runtime, "precision", lambda on: bf16)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_bf16_casts_the_forward_pass_and_no_weight():
     inner = []
     model = make_model()
     model[0].register_forward_hook(lambda *args: inner.append(args[2].dtype))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ftlib.caref.objective import CHUNK_LOGITS, IGNORED, STATISTICS, in_chunk
+from ftlib.caref.objective import CHUNK_LOGITS, STATISTICS, in_chunk
 from ftlib.kernels.types import Logits
 from ftlib.ops import (
     HeadOutput,
@@ -33,6 +33,7 @@ from ftlib.ops import (
     vocabulary_head,
 )
 from ftlib.ops.rows import to_logits
+from ftlib.sequences import IGNORED
 
 CROSS_ENTROPY = TokenLoss()
 LABEL_SMOOTHING = TokenLoss(label_smoothing=0.1)

@@ -84,17 +84,18 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, GenerationConfig
 
 from ftlib import models
-from ftlib.caref.objective import CAREF, IGNORED, trainer_loss
+from ftlib.caref.objective import CAREF, trainer_loss
 from ftlib.caref.selection import lora, select
 from ftlib.caref.tasks import SEPARATOR, TASKS, Item, few_shot, read
 from ftlib.data.registry import data_sets
 from ftlib.experiments import Arm
 from ftlib.metrics import calibration
 from ftlib.metrics.bertscore import STAND_IN, Encoder, load_encoder, nbert
-from ftlib.models.registry import find
+from ftlib.models.registry import weights_checksums
 from ftlib.ops import TokenLoss
 from ftlib.results import Metric
-from ftlib.training import TrainingSettings, train
+from ftlib.sequences import IGNORED
+from ftlib.training import Learner, TrainingSettings, train
 
 Metrics = Mapping[str, Metric | float]
 Floats = npt.NDArray[np.float64]
@@ -135,13 +136,8 @@ class Protocol:
 
     def training(self, learning_rate: float, seed: int) -> TrainingSettings:
         """Training settings: a linear decay after a warm-up over a tenth."""
-        return TrainingSettings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=learning_rate,
-            schedule="linear",
-            warmup_steps=self.steps // 10,
-            seed=seed,
+        return TrainingSettings.fine_tuning(
+            self.steps, self.batch_size, learning_rate, seed, "linear"
         )
 
 
@@ -301,9 +297,7 @@ def _checksums(task: str, *names: str) -> dict[str, str]:
     """SHA-256 of the data files, and of the weights where every source has the same."""
     files = data_sets()[task].files
     found = {f.path: f.sha256 for f in files if f.path != "comve/test.csv"}
-    weights = {name: find(name).weights_sha256 for name in names}
-    known = {f"{n}/model.safetensors": sha for n, sha in weights.items() if sha}
-    return found | known
+    return found | weights_checksums(*names)
 
 
 # --- one run --------------------------------------------------------------------------
@@ -407,7 +401,7 @@ def fine_tune(
     if not condition.recipe:
         return student
     train(
-        Learner(model, condition.recipe.loss),
+        Learner(model, partial(mean_loss, loss=condition.recipe.loss)),
         features(student, [(item.prompt, item.target) for item in examples]),
         lambda learner, batch: learner(**batch),
         condition.protocol.training(rate, seed),
@@ -418,24 +412,13 @@ def fine_tune(
     return Student(merged, tokenizer)
 
 
-class Learner(nn.Module):
-    """A model together with its loss, for :func:`ftlib.training.train`.
+def mean_loss(model: Any, labels: Tensor, loss: TokenLoss, **inputs: Tensor) -> Tensor:
+    """Return the mean loss of a collator's batch over its target tokens.
 
-    The loss is taken from the logits, which Marian's bias is part of, and which
+    It is taken from the logits, which Marian's bias is part of, and which
     :func:`ftlib.caref.objective.caref_loss` therefore refuses.
-
-    Attributes:
-        model: the model, whose weights are trained.
     """
-
-    def __init__(self, model: Any, loss: TokenLoss) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = trainer_loss(model, loss)
-
-    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the mean loss of a collator's batch over its target tokens."""
-        return self._loss(_forward(self.model, labels, inputs), labels)
+    return trainer_loss(model, loss)(_forward(model, labels, inputs), labels)
 
 
 def _forward(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Any:

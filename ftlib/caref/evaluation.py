@@ -28,11 +28,11 @@ from ftlib.caref.faithfulness import (
     insertion_effect,
     simulatability,
 )
-from ftlib.caref.objective import IGNORED
 from ftlib.metrics.bertscore import STAND_IN, Encoder, load_encoder, nbert
 from ftlib.metrics.calibration import brier, ece, ece_if_calibrated, nll
 from ftlib.outcomes import Booleans, outcome_metrics
 from ftlib.results import PACKED_PREFIX, Metric
+from ftlib.sequences import IGNORED
 
 Floats = npt.NDArray[np.float64]
 Map = Callable[[Tensor], Tensor]

@@ -35,20 +35,20 @@ never asked, and an edited note stays in its split.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ftlib.caref.faithfulness import Edit
 from ftlib.caref.tasks import SEPARATOR
+from ftlib.splits import Split, split_of
+from ftlib.words import WordVocabulary
 
-Split = Literal["pretrain", "train", "validation", "test"]
 Choice = TypeVar("Choice")
 Probabilities = npt.NDArray[np.float64]
 
@@ -245,20 +245,6 @@ def posterior(example: Example, shortcut: float = 0.0) -> Probabilities:
     return joint / joint.sum()
 
 
-def split_of(question: str) -> Split:
-    """Assign a question to one split for good, by a hash of its text.
-
-    Half of all questions are for pre-training, a quarter for training, an eighth each
-    for validation and test.
-    """
-    byte = hashlib.sha256(question.encode()).digest()[0]
-    if byte < 128:
-        return "pretrain"
-    if byte < 192:
-        return "train"
-    return "validation" if byte < 224 else "test"
-
-
 def sample(
     n: int, split: Split, seed: int, world: World | None = None
 ) -> list[Example]:
@@ -380,28 +366,15 @@ def _with_fact(example: Example, at: int, fact: Fact) -> Example:
 # --- tokens -------------------------------------------------------------------
 
 
-class Vocabulary:
-    """The words of this world as the tokens of a tiny model.
-
-    Attributes:
-        words: the tokens' texts, by id.
-        pad: id of the padding, 0; a T5's decoder starts with it too.
-        end: id of the end of a text, 1.
-    """
-
-    pad = 0
-    end = 1
+class Vocabulary(WordVocabulary):
+    """The words of this world as tokens; a T5's decoder starts with the padding too."""
 
     def __init__(self) -> None:
         wordings = [word for wording in WORDINGS for word in wording.split()]
         relations = ["is", "in", "not", "follows", *HEDGES]
         others = [SEPARATOR, "and", "nothing", "of", ".", ":", "?"]
-        words = ["<pad>", "<eos>", *LABELS, *MARKS, *wordings, *relations, *others]
-        self.words = tuple(dict.fromkeys([*words, *NAMES, *PLACES]))
-        self._ids = {word: index for index, word in enumerate(self.words)}
-
-    def __len__(self) -> int:
-        return len(self.words)
+        words = [*LABELS, *MARKS, *wordings, *relations, *others]
+        super().__init__([*words, *NAMES, *PLACES])
 
     def encode(self, text: str) -> list[int]:
         """Turn a text into ids, the end included.
@@ -409,20 +382,7 @@ class Vocabulary:
         Raises:
             ValueError: a word has no token.
         """
-        try:
-            return [*(self._ids[word] for word in text.split()), self.end]
-        except KeyError as error:
-            raise ValueError(f"{error} in {text!r} has no token") from error
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids up to the first end, padding left out, into a text."""
-        words = []
-        for index in ids:
-            if index == self.end:
-                break
-            if index != self.pad:
-                words.append(self.words[index])
-        return " ".join(words)
+        return [*super().encode(text), self.end]
 
 
 # --- drawing ------------------------------------------------------------------

@@ -89,7 +89,7 @@ from ftlib.caref.evaluation import (
     pairs,
     predictor,
 )
-from ftlib.caref.evidence import Example, Split, sample
+from ftlib.caref.evidence import Example, sample
 from ftlib.caref.objective import Learner, training_loss
 from ftlib.caref.selection import adalora, lora, select
 from ftlib.caref.settings import (
@@ -113,6 +113,7 @@ from ftlib.experiments import Arm
 from ftlib.metrics.calibration import fit_temperature, temperature_scale
 from ftlib.results import PACKED_PREFIX, Metric
 from ftlib.runtime import Scale
+from ftlib.splits import Split
 from ftlib.streams import stream
 from ftlib.training import LossFunction, train
 

@@ -10,13 +10,8 @@ With P_t the model's distribution over V tokens at target position t, and U = 1/
 target tokens of the batch, and so do we. V is the width of the logits, with the rows
 that pad a vocabulary, as in the code: 32,128 for T5, whose tokenizer has 32,100 tokens.
 
-How the terms of a batch are averaged is a choice (:data:`Mean`). With n examples of T_i
-target tokens, token t of example i weighs
-
-* ``token``: 1 / Σ_j T_j, as in the paper's code and in transformers' own loss.
-* ``example``: 1 / (n T_i). The loss is then a mean over examples, as
-  :mod:`ftlib.training` asks, so that accumulation and several processes change nothing.
-  It is the default.
+How the terms of a batch are averaged is a choice (:data:`ftlib.sequences.Mean`): over
+its target tokens, as in the paper's code, or over its examples, which is the default.
 
 In a training of your own, with the logits never stored::
 
@@ -37,20 +32,25 @@ keeps the labels from the model::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ftlib.ops import HeadOutput, OutputHead, TokenLoss, output_head, vocabulary_head
+from ftlib import training
+from ftlib.ops import HeadOutput, OutputHead, TokenLoss
 from ftlib.ops.rows import accumulator, sced_value
 from ftlib.ops.statistics import Statistic, Statistics
+from ftlib.sequences import (
+    IGNORED,
+    Mean,
+    head_and_targets,
+    token_weights,
+    weighted_loss,
+)
 from ftlib.training import Metrics
-
-Mean = Literal["example", "token"]
-
-IGNORED = -100
 
 CAREF = TokenLoss(sced=0.1, kl_to_uniform=0.1, alpha=2.0, beta=1.0)
 """The weights of the released code, which says that they are the paper's."""
@@ -143,77 +143,18 @@ def caref_loss(
             decoder's inputs are neither given nor to be made.
         TypeError: see :func:`ftlib.ops.output_head`.
     """
-    if mean not in get_args(Mean):
-        raise ValueError(f"mean is {mean!r}: choose example or token")
-    head, targets = _run(model, labels, inputs)
-    is_target = targets != IGNORED
-    weights = _weights(is_target, mean)
+    head, targets = head_and_targets(model, labels, inputs)
+    weights = token_weights(head, targets, mean)
     if isinstance(loss, TokenLoss):
-        out = _token_loss_of_head(loss, head, targets, weights)
+        out = weighted_loss(loss, head, targets, weights, STATISTICS)
     else:
         out = loss.of_head(head, targets, weights)
     assert out.loss is not None
     return CarefLoss(
         out.loss,
-        is_target.sum(),
+        (targets != IGNORED).sum(),
         labels.new_tensor(len(labels)),
         *_averages(out, weights),
-    )
-
-
-def _run(
-    model: Any, labels: Tensor, inputs: dict[str, Any]
-) -> tuple[OutputHead, Tensor]:
-    """Run a model up to its head; return its factors and targets where both exist."""
-    ids, length = "input_ids", labels.shape[1]
-    if model.config.is_encoder_decoder:
-        ids = "decoder_input_ids"
-        if inputs.get(ids) is None:
-            inputs[ids] = _decoder_inputs(model, labels)
-    if inputs[ids].shape != labels.shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, {ids} {tuple(inputs[ids].shape)}"
-            ": give one label for each token"
-        )
-    head = output_head(model, **inputs | {"use_cache": False})
-    # Soft prompts of PEFT stand before the tokens and have no labels.
-    hidden = head.hidden[:, -length:]
-    if not model.config.is_encoder_decoder:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-    return head._replace(hidden=hidden), labels
-
-
-def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
-    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError(
-            f"{type(model).__name__} does not say how its decoder's inputs follow from"
-            " the labels: pass decoder_input_ids, the labels shifted right"
-        )
-    return model.prepare_decoder_input_ids_from_labels(labels)
-
-
-def _weights(is_target: Tensor, mean: Mean) -> Tensor:
-    """Return each target's weight in the mean; zeros elsewhere."""
-    if mean == "token":
-        return is_target / is_target.sum().clamp(min=1)
-    lengths = is_target.sum(dim=1, keepdim=True)
-    return is_target / (len(is_target) * lengths.clamp(min=1))
-
-
-def _token_loss_of_head(
-    loss: TokenLoss, head: OutputHead, targets: Tensor, weights: Tensor
-) -> HeadOutput:
-    return vocabulary_head(
-        head.hidden,
-        head.weight,
-        targets,
-        loss=loss,
-        weights=weights,
-        reduction="sum",
-        statistics=STATISTICS,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        ignore_index=IGNORED,
     )
 
 
@@ -230,13 +171,10 @@ def _averages(out: HeadOutput, weights: Tensor) -> tuple[Tensor, ...]:
 # --- for ftlib.training ----------------------------------------------------------
 
 
-class Learner(nn.Module):
-    """A model together with its loss, for :func:`ftlib.training.train`.
+class Learner(training.Learner):
+    """A model together with :func:`caref_loss`, for :func:`ftlib.training.train`.
 
-    What Accelerate wraps, for several processes or for mixed precision, has to contain
-    the loss, because the loss calls the model's parts one by one.
-
-    Attributes:
+    Args:
         model: the model, whose weights are trained.
         loss: of a token.
         mean: what the loss is a mean over.
@@ -245,14 +183,7 @@ class Learner(nn.Module):
     def __init__(
         self, model: nn.Module, loss: Loss = CAREF, mean: Mean = "example"
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.mean: Mean = mean
-
-    def forward(self, **batch: Any) -> CarefLoss:
-        """Return :func:`caref_loss` of a collator's batch."""
-        return caref_loss(self.model, **batch, loss=self.loss, mean=self.mean)
+        super().__init__(model, partial(caref_loss, loss=loss, mean=mean))
 
 
 def training_loss(learner: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Metrics]:

@@ -93,13 +93,8 @@ class EvidenceSettings:
 
     def training(self, learning_rate: float, seed: int) -> TrainingSettings:
         """Settings of a fine-tuning."""
-        return TrainingSettings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=learning_rate,
-            schedule="cosine",
-            warmup_steps=self.steps // 10,
-            seed=seed,
+        return TrainingSettings.fine_tuning(
+            self.steps, self.batch_size, learning_rate, seed
         )
 
 
@@ -239,6 +234,7 @@ few examples only the one that was chosen with many."""
 
 def tried_rates(weights: Weights, few: bool) -> tuple[float, ...]:
     """Return the learning rates to choose from; with few examples a smaller one too."""
+    rates: tuple[float, ...]
     if isinstance(weights, AdaLora):
         smaller, rates = 3e-3, (1e-2, 3e-2, 1e-1)
     elif weights == "all":

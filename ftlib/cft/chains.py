@@ -23,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ftlib.cft.critiques import WORDS
-from ftlib.cft.solutions import CHAIN, Solution, Split, Step, split_of
+from ftlib.cft.solutions import CHAIN, Solution, Step
+from ftlib.splits import Split, split_of
+from ftlib.words import WordVocabulary, words_in
 
 Kind = Literal["gap", "no-gap", "any"]
 Integers = npt.NDArray[np.int64]
@@ -200,7 +202,7 @@ def sample(
 
     Args:
         n: how many.
-        split: as :func:`ftlib.cft.solutions.split_of` assigns questions.
+        split: as :func:`ftlib.splits.split_of` assigns questions.
         kind: with or without a gap, or any question at all.
         seed: of the draw.
         misconceptions: what makes a gap.
@@ -263,56 +265,17 @@ def read(question: str, text: str) -> Solution:
     return Solution(question, steps, found[2])
 
 
-class Vocabulary:
+class Vocabulary(WordVocabulary):
     """The tokens of a tiny model: numbers, signs, critiques' words, and a prompt's.
 
     Args:
         prompts: texts whose words get tokens of their own.
-
-    Attributes:
-        words: the tokens' texts, by id.
-        pad: id of the padding, 0.
-        end: id of the end of a text, 1.
     """
-
-    pad = 0
-    end = 1
 
     def __init__(self, prompts: Iterable[str] = ()) -> None:
         numbers = [str(value) for value in range(MODULUS)]
-        own = ["<pad>", "<eos>", "\n", *numbers, *OPERATIONS]
-        words = [*own, CHAIN.answer_mark.strip(), *WORDS]
-        words += [word for prompt in prompts for word in _split(prompt)]
-        self.words = tuple(dict.fromkeys(words))
-        self._ids = {word: index for index, word in enumerate(self.words)}
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def encode(self, text: str) -> list[int]:
-        """Turn a text into ids, without the end.
-
-        Raises:
-            ValueError: a word has no token.
-        """
-        try:
-            return [self._ids[word] for word in _split(text)]
-        except KeyError as error:
-            raise ValueError(f"{error} in {text!r} has no token") from error
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids up to the first end, padding left out, into a text."""
-        words = []
-        for index in ids:
-            if index == self.end:
-                break
-            if index != self.pad:
-                words.append(self.words[index])
-        return re.sub(" ?\n ?", "\n", " ".join(words))
-
-
-def _split(text: str) -> list[str]:
-    return re.findall(r"\n|\S+", text)
+        own = ["\n", *numbers, *OPERATIONS, CHAIN.answer_mark.strip(), *WORDS]
+        super().__init__(own + [word for text in prompts for word in words_in(text)])
 
 
 def _work(

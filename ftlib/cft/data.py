@@ -52,11 +52,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
 
+from ftlib.sequences import IGNORED
+
 INSTRUCTION = (
     "Read the question and the solution below, and examine whether the solution is"
     " right."
 )
-IGNORED = -100
 _PLACEHOLDER = "\ue000"  # of Unicode's private use: in no template and in no text
 
 

@@ -19,7 +19,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ftlib.cft.solutions import Solution, Split, Step, split_of
+from ftlib.cft.solutions import Solution, Step
+from ftlib.splits import Split, split_of
 
 Misconception = Literal["sign", "difference"]
 
@@ -93,7 +94,7 @@ def sample(n: int, split: Split, seed: int) -> list[Equation]:
 
     Args:
         n: how many.
-        split: as :func:`ftlib.cft.solutions.split_of` assigns questions.
+        split: as :func:`ftlib.splits.split_of` assigns questions.
         seed: of the draw.
 
     Raises:

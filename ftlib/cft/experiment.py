@@ -109,11 +109,12 @@ from ftlib.cft.settings import (
     Recipe,
     Stages,
 )
-from ftlib.cft.solutions import CHAIN, Solution, Split
+from ftlib.cft.solutions import CHAIN, Solution
 from ftlib.experiments import Arm
 from ftlib.models.tiny import tiny_gpt
 from ftlib.results import Metric
 from ftlib.runtime import Scale
+from ftlib.splits import Split
 from ftlib.streams import generator, stream
 from ftlib.training import train
 

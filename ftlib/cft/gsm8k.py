@@ -74,7 +74,7 @@ from ftlib.cft.solutions import GSM8K, Solution
 from ftlib.data.registry import data_sets
 from ftlib.experiments import Arm
 from ftlib.metrics import Grade, grade_all
-from ftlib.models.registry import find
+from ftlib.models.registry import weights_checksums
 from ftlib.outcomes import outcome_metrics
 from ftlib.results import PACKED_PREFIX, Metric
 from ftlib.runtime import progress
@@ -166,9 +166,7 @@ def _checksums(condition: Condition, paths: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the data files, and of the weights where every source has the same."""
     files = [file for data_set in data_sets().values() for file in data_set.files]
     found = {file.path: file.sha256 for file in files if file.path in paths}
-    name = condition.world.model
-    weights = find(name).weights_sha256
-    return found | ({f"{name}/model.safetensors": weights} if weights else {})
+    return found | weights_checksums(condition.world.model)
 
 
 # -- one run ---------------------------------------------------------------------------

@@ -9,29 +9,29 @@ With question x, response y and critique c,
 decided in :mod:`ftlib.cft.data`. Labels of −100 take no part: their rows never reach
 the output head, so the gradient of their logits is zero and not just small.
 
-The paper does not say how the terms of a batch are averaged, and there are two ways
-(:data:`Mean`). With n examples of T_i target tokens, token t of example i weighs
-
-* ``token``: 1 / Σ_j T_j. This is transformers' own loss. A long target weighs more
-  than a short one, and since the denominator belongs to the batch, a batch worked
-  through in two chunks is another training than the whole.
-* ``example``: 1 / (n T_i). Every example weighs the same, and the loss is a mean over
-  examples, as :mod:`ftlib.training` asks: accumulation and several processes then
-  change nothing. It is the default. Where all targets have one length, the two agree.
+The paper does not say how the terms of a batch are averaged. There are two ways
+(:data:`ftlib.sequences.Mean`): over its target tokens, or over its examples, which is
+the default.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ftlib.cft.data import IGNORED
-from ftlib.ops import TokenLoss, output_head, vocabulary_head
+from ftlib import training
+from ftlib.ops import TokenLoss
+from ftlib.sequences import (
+    IGNORED,
+    Mean,
+    head_and_targets,
+    token_weights,
+    weighted_loss,
+)
 from ftlib.training import Metrics
-
-Mean = Literal["example", "token"]
 
 
 class MaskedLoss(NamedTuple):
@@ -80,37 +80,18 @@ def masked_loss(
         ValueError: labels and input_ids, or the mean's name, do not fit.
         TypeError: see :func:`ftlib.ops.output_head`.
     """
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, input_ids"
-            f" {tuple(input_ids.shape)}: give one label for each token"
-        )
-    if mean not in get_args(Mean):
-        raise ValueError(f"mean is {mean!r}: choose example or token")
+    inputs["input_ids"] = input_ids
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    # With a cache, transformers would not tell packed examples apart.
-    head = output_head(model, input_ids=input_ids, **inputs | {"use_cache": False})
-    targets = labels[:, 1:]
-    example = _example_of_token(labels, position_ids)[:, 1:]
-    weights, tokens, examples = _weights(targets, example, mean)
-    # Soft prompts of PEFT stand before the tokens and have no labels.
-    hidden = head.hidden[:, -labels.shape[1] : -1]
-    out = vocabulary_head(
-        hidden,
-        head.weight,
-        targets,
-        loss=TokenLoss(),
-        weights=weights,
-        reduction="sum",
-        statistics=("top1_hit",),
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+    head, targets = head_and_targets(model, labels, inputs)
+    example = _example_of_token(labels, position_ids)
+    weights = token_weights(head, targets, mean, example[:, 1:])
+    out = weighted_loss(TokenLoss(), head, targets, weights, ("top1_hit",))
     assert out.loss is not None
     assert out.top1_hit is not None
     accuracy = (weights * out.top1_hit).sum()
-    return MaskedLoss(out.loss, tokens, accuracy, examples)
+    tokens = (targets != IGNORED).sum()
+    return MaskedLoss(out.loss, tokens, accuracy, example.max() + 1)
 
 
 def _example_of_token(labels: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -121,39 +102,16 @@ def _example_of_token(labels: Tensor, position_ids: Tensor | None) -> Tensor:
     return (position_ids == 0).flatten().cumsum(0).view_as(labels) - 1
 
 
-def _weights(
-    targets: Tensor, example: Tensor, mean: Mean
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each target's weight in the mean, and the counts of targets, examples."""
-    is_target = targets != IGNORED
-    tokens, examples = is_target.sum(), example.max() + 1
-    if mean == "token":
-        return is_target / tokens.clamp(min=1), tokens, examples
-    lengths = torch.zeros_like(example.flatten(), dtype=torch.float32)
-    lengths = lengths.index_add(0, example.flatten(), is_target.flatten().float())
-    weights = is_target / (examples * lengths[example].clamp(min=1))
-    return weights, tokens, examples
+class Learner(training.Learner):
+    """A model together with :func:`masked_loss`, for :func:`ftlib.training.train`.
 
-
-class Learner(nn.Module):
-    """A model together with its loss, for :func:`ftlib.training.train`.
-
-    What Accelerate wraps, for several processes or for mixed precision, has to contain
-    the loss, because the loss calls the model's parts one by one.
-
-    Attributes:
+    Args:
         model: the model, whose weights are trained.
         mean: what the loss is a mean over.
     """
 
     def __init__(self, model: nn.Module, mean: Mean = "example") -> None:
-        super().__init__()
-        self.model = model
-        self.mean: Mean = mean
-
-    def forward(self, **batch: Any) -> MaskedLoss:
-        """Return :func:`masked_loss` of a collator's batch."""
-        return masked_loss(self.model, **batch, mean=self.mean)
+        super().__init__(model, partial(masked_loss, mean=mean))
 
 
 def training_loss(learner: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Metrics]:

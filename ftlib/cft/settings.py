@@ -85,14 +85,7 @@ class ChainSettings:
 
     def training(self, learning_rate: float, steps: int, seed: int) -> TrainingSettings:
         """Settings of one stage: the paper's schedule and share of warm-up."""
-        return TrainingSettings(
-            steps=steps,
-            batch_size=self.batch_size,
-            learning_rate=learning_rate,
-            schedule="cosine",
-            warmup_steps=steps // 10,
-            seed=seed,
-        )
+        return TrainingSettings.fine_tuning(steps, self.batch_size, learning_rate, seed)
 
 
 @dataclass(frozen=True)
@@ -237,13 +230,8 @@ class Gsm8kSettings:
 
     def training(self, learning_rate: float, seed: int) -> TrainingSettings:
         """Training settings: the paper's schedule and share of warm-up."""
-        return TrainingSettings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=learning_rate,
-            schedule="cosine",
-            warmup_steps=self.steps // 10,
-            seed=seed,
+        return TrainingSettings.fine_tuning(
+            self.steps, self.batch_size, learning_rate, seed
         )
 
 

@@ -1,11 +1,8 @@
-"""Worked solutions, right or wrong, how each task writes them, and their splits."""
+"""Worked solutions, right or wrong, and how each task writes them."""
 
 from __future__ import annotations
 
-import hashlib
-from typing import Literal, NamedTuple
-
-Split = Literal["pretrain", "train", "validation", "test"]
+from typing import NamedTuple
 
 
 class Style(NamedTuple):
@@ -50,18 +47,3 @@ class Solution(NamedTuple):
         if self.answer:
             lines.append(style.answer_mark + self.answer)
         return style.separator.join(lines)
-
-
-def split_of(question: str) -> Split:
-    """Assign a question to one split for good, by a hash of its text.
-
-    The first byte of the SHA-256 decides, so that the splits share no question on any
-    machine and with any seed: half of all questions are for pre-training, a quarter for
-    training, an eighth each for validation and test.
-    """
-    byte = hashlib.sha256(question.encode()).digest()[0]
-    if byte < 128:
-        return "pretrain"
-    if byte < 192:
-        return "train"
-    return "validation" if byte < 224 else "test"

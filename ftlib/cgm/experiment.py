@@ -34,7 +34,7 @@ from ftlib.cgm.settings import (
     TaleSettings,
 )
 from ftlib.experiments import Arm
-from ftlib.models.registry import find
+from ftlib.models.registry import weights_checksums
 from ftlib.models.tiny import tiny_gpt
 from ftlib.results import Metric
 from ftlib.runtime import Scale
@@ -325,14 +325,13 @@ def tale_arms(world: TaleSettings) -> list[Arm]:
     ]
     reward = [settings("reward", dual_samples=n) for n in world.dual_samples]
     arms = {"base": None} | {arm_name(s): s for s in [*relax, *reward]}
-    weights = find(world.model).weights_sha256
     return [
         Arm(
             "tales",
             name,
             {**dataclasses.asdict(world), "arm": name},
             partial(_run_tales, world, chosen),
-            data={f"{world.model}/model.safetensors": weights} if weights else {},
+            data=weights_checksums(world.model),
             requires=[world.model],
         )
         for name, chosen in arms.items()

@@ -156,3 +156,13 @@ def find(name: str) -> Model:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name]
+
+
+def weights_checksums(*names: str) -> dict[str, str]:
+    """Return the SHA-256 of models' weights, where every source has the same.
+
+    Raises:
+        ValueError: no model is registered under a name.
+    """
+    found = {f"{name}/model.safetensors": find(name).weights_sha256 for name in names}
+    return {file: sha256 for file, sha256 in found.items() if sha256}

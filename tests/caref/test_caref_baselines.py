@@ -17,8 +17,9 @@ from ftlib.caref.baselines import (
     FenchelYoungLoss,
     FocalLoss,
 )
-from ftlib.caref.objective import IGNORED, STATISTICS, loss_from_logits
+from ftlib.caref.objective import STATISTICS, loss_from_logits
 from ftlib.ops import OutputHead
+from ftlib.sequences import IGNORED
 
 V = 50
 PEERS = {SPARSEMAX: entmax.sparsemax_loss, ENTMAX15: entmax.entmax15_loss}

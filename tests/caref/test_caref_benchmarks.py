@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as token_models
 from transformers import (
@@ -22,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ftlib import data, results, runtime
+from ftlib import data, results
 from ftlib.caref import benchmarks, tasks
 from ftlib.caref.benchmarks import (
     ARMS,
@@ -273,24 +272,20 @@ def test_the_losses_are_caref_with_and_without_its_terms():
     assert LOSSES["KL"] == TokenLoss(kl_to_uniform=0.1)
 
 
-def test_learning_rates_are_the_best_of_the_records():
-    """The best mean validation accuracy of a model's tasks, the smallest among equals.
-
-    Without records there is nothing yet that the rates could follow.
-    """
+def test_learning_rates_are_the_best_of_the_records(best_rates):
+    """Over all tasks of a model. Without records there is nothing they could follow."""
     try:
         records = results.load("caref", "gpu")
     except NotRecordedError:
         pytest.skip("caref is not recorded at scale gpu yet")
-    tried = defaultdict(lambda: defaultdict(list))
+    tuning = defaultdict(list)
     for record in records:
         if "-learning-rate " in record.experiment:
-            s = record.settings
-            arm = f"{s['name']}/{s['model']}/{s['arm']}"
-            tried[arm][s["learning_rate"]].append(record.metrics["validation"].value)
-    for arm, rates in tried.items():
-        means = {rate: np.mean(rates[rate]) for rate in sorted(rates)}
-        assert LEARNING_RATES[arm] == max(means, key=means.__getitem__), arm
+            name, model = record.settings["name"], record.settings["model"]
+            tuning[f"{name}/{model}"].append(record)
+    for where, found in tuning.items():
+        for arm, rate in best_rates(found, "arm").items():
+            assert LEARNING_RATES[f"{where}/{arm}"] == rate, arm
 
 
 # --- one run --------------------------------------------------------------------------
@@ -414,17 +409,7 @@ def test_adapters_begin_as_the_seed_says_and_are_merged_at_the_end():
     assert changed == {n for n in before if "_proj." in n}
 
 
-@pytest.fixture
-def _as_on_a_gpu(monkeypatch):
-    """Weights in float32, passes in bf16; Accelerate is set up anew for that."""
-    bf16 = runtime.Precision(torch.bfloat16, "as on a GPU of capability 8.0")
-    monkeypatch.setattr(runtime, "precision", lambda on: bf16)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("model", KINDS)
 def test_passes_are_in_bf16_and_weights_are_not(model, monkeypatch):
     seen = []
@@ -454,7 +439,7 @@ def test_cross_entropy_is_that_of_the_model_itself(model):
     student = untrained(model)
     batch = a_batch(student)
     own = student.model(**batch).loss
-    ours = benchmarks.Learner(student.model, TokenLoss())(**batch)
+    ours = benchmarks.mean_loss(student.model, **batch, loss=TokenLoss())
     torch.testing.assert_close(ours, own)
 
 
@@ -470,7 +455,7 @@ def test_caref_is_its_formula_on_the_models_logits(model):
     own = student.model(**batch).loss.double()
     expected = own + 0.1 * (distance**2 * (1 - p)).sum(1).mean()
     expected += 0.1 * distance.sum(1).mean()
-    ours = benchmarks.Learner(student.model, CAREF)(**batch)
+    ours = benchmarks.mean_loss(student.model, **batch, loss=CAREF)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
 

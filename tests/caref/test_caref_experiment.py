@@ -20,7 +20,6 @@ from ftlib.caref.evidence import (
     WORDINGS,
     posterior,
     sample,
-    split_of,
 )
 from ftlib.caref.objective import training_loss
 from ftlib.caref.settings import (
@@ -35,6 +34,7 @@ from ftlib.caref.settings import (
 from ftlib.metrics.bertscore import Encoder
 from ftlib.outcomes import outcomes
 from ftlib.results import PACKED_PREFIX, NotRecordedError
+from ftlib.splits import split_of
 from ftlib.training import TrainingSettings
 
 TOY_BASE = BaseSettings(
@@ -73,13 +73,7 @@ CONDITIONS = {c.name: c for c in EVERY if c.experiment in ("evidence", "knob")}
 SEARCHES = {"evidence": "learning-rate", "few-shot": "few-shot learning-rate"}
 
 
-@pytest.fixture(autouse=True)
-def _here(monkeypatch, tmp_path_factory):
-    # One cache for all tests: the toy base is then trained once.
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("FTLIB_DEVICE", "cpu")
-    monkeypatch.setenv("CI", "true")
+pytestmark = pytest.mark.usefixtures("base_cache")
 
 
 @pytest.fixture
@@ -328,34 +322,8 @@ def test_a_base_has_a_head_of_its_own():
     assert model.encoder.embed_tokens.weight is model.shared.weight
 
 
-def test_a_base_is_pretrained_once_and_resumes(monkeypatch, tmp_path):
-    whole = experiment.base_model(TOY_BASE, 7).state_dict()
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("trained a second time")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "train", refuse)
-        cached = experiment.base_model(TOY_BASE, 7).state_dict()
-    assert all(torch.equal(cached[name], whole[name]) for name in whole)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calls = []
-
-    def dies(learner, batch):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return training_loss(learner, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "training_loss", dies)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.base_model(TOY_BASE, 7)
-        calls.extend([1] * 10)  # from here on it lives
-        resumed = experiment.base_model(TOY_BASE, 7).state_dict()
-    assert len(calls) == 4 + 10 + 2  # steps 3 and 4, after the checkpoint of step 2
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+def test_a_base_is_pretrained_once_and_resumes(check_base):
+    check_base(experiment, TOY_BASE)
 
 
 # -- what is measured ------------------------------------------------------------------

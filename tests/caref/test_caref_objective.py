@@ -30,7 +30,6 @@ from ftlib.caref import objective
 from ftlib.caref.baselines import ENTMAX15, SPARSEMAX, FocalLoss
 from ftlib.caref.objective import (
     CAREF,
-    IGNORED,
     Learner,
     caref_loss,
     loss_from_logits,
@@ -41,6 +40,7 @@ from ftlib.caref.objective import (
 from ftlib.caref.selection import lora
 from ftlib.ops import TokenLoss
 from ftlib.ops.reference import vocabulary_head_reference
+from ftlib.sequences import IGNORED
 from ftlib.training import TrainingSettings, train
 
 VOCABULARY = 64
@@ -104,12 +104,9 @@ SETTINGS = TrainingSettings(steps=4, batch_size=4, learning_rate=0.01)
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
+def _on_the_cpu(monkeypatch, fresh_accelerate):
     """Every test sets Accelerate up anew, as does transformers' Trainer."""
     monkeypatch.setenv("FTLIB_DEVICE", "cpu")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_model(kind):
@@ -218,6 +215,15 @@ def test_loss_and_averages_are_those_of_the_logits(kind, mean):
     assert found.tokens == sum(m for _, m in LENGTHS)
     assert found.examples == len(LENGTHS)
     assert_same_gradients(model, found.loss, expected)
+
+
+@pytest.mark.parametrize("mean", ["example", "token"])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_models_in_float64_have_losses_in_float64(kind, mean):
+    model, batch = make_model(kind).double(), pad(make_features(kind))
+    expected, _ = reference(model, batch, CAREF, mean)
+    found = caref_loss(model, **batch, mean=mean).loss
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_the_two_means_differ():

@@ -21,8 +21,8 @@ from ftlib.caref.evidence import (
     World,
     posterior,
     sample,
-    split_of,
 )
+from ftlib.splits import split_of
 
 WORLDS = (
     World(),

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tokenizers import (
     AddedToken,
     Regex,
@@ -37,7 +36,6 @@ from transformers import (
 from ftlib import models as ftlib_models
 from ftlib.cft import data
 from ftlib.cft.data import (
-    IGNORED,
     INSTRUCTION,
     Example,
     PackingCollator,
@@ -49,6 +47,7 @@ from ftlib.cft.data import (
     supervise,
     tokenize_examples,
 )
+from ftlib.sequences import IGNORED
 
 QUESTION, RESPONSE = "What is 3 * 8?", "3*8=25\nThe answer is 25."
 CRITIQUE = "Not right: 3*8=24.\nVerdict: wrong"
@@ -566,14 +565,6 @@ def test_packing_is_not_checked_where_that_would_tell_nothing(features):
 
 
 # --- the example of the module -------------------------------------------------
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Let the training loop and transformers' Trainer each choose the device."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -21,9 +21,10 @@ from ftlib.cft.settings import (
     BaseSettings,
     Recipe,
 )
-from ftlib.cft.solutions import CHAIN, split_of
+from ftlib.cft.solutions import CHAIN
 from ftlib.outcomes import outcomes
 from ftlib.results import NotRecordedError
+from ftlib.splits import split_of
 from ftlib.training import TrainingSettings, train
 
 TOY_BASE = BaseSettings(
@@ -48,14 +49,7 @@ TOY = dataclasses.replace(
 )
 NAMED = {"arm", "stages", "learning_rate", "equal_tokens", "method"}
 
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch, tmp_path_factory):
-    # One cache for all tests: the toy base is then trained once.
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("FTLIB_DEVICE", "cpu")
-    monkeypatch.setenv("CI", "true")
+pytestmark = pytest.mark.usefixtures("base_cache")
 
 
 def test_arms_are_recorded_under_distinct_names():
@@ -274,34 +268,8 @@ def test_candidates_are_of_the_last_stage():
     assert list(snapshots.taken) == [8, 10]
 
 
-def test_a_base_is_pretrained_once_and_resumes(monkeypatch, tmp_path):
-    whole = experiment.base_model(TOY_BASE, 7).state_dict()
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("trained a second time")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "train", refuse)
-        cached = experiment.base_model(TOY_BASE, 7).state_dict()
-    assert all(torch.equal(cached[name], whole[name]) for name in whole)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calls = []
-
-    def dies(learner, batch):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return training_loss(learner, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "training_loss", dies)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.base_model(TOY_BASE, 7)
-        calls.extend([1] * 10)  # from here on it lives
-        resumed = experiment.base_model(TOY_BASE, 7).state_dict()
-    assert len(calls) == 4 + 10 + 2  # steps 3 and 4, after the checkpoint of step 2
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+def test_a_base_is_pretrained_once_and_resumes(check_base):
+    check_base(experiment, TOY_BASE)
 
 
 def test_a_base_has_a_file_for_every_setting_and_seed():

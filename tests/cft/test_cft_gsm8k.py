@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ftlib import data, results, runtime
+from ftlib import data, results
 from ftlib.cft import experiment, gsm8k
 from ftlib.cft.annotations import worked
 from ftlib.cft.critiques import is_right
@@ -437,17 +436,7 @@ def test_what_was_learned_is_asked_for(monkeypatch):
     assert after == [Written(s.text(GSM8K), ended=True) for s in solved]
 
 
-@pytest.fixture
-def _as_on_a_gpu(monkeypatch):
-    """Weights in float32, passes in bf16; Accelerate is set up anew for that."""
-    bf16 = runtime.Precision(torch.bfloat16, "as on a GPU of capability 8.0")
-    monkeypatch.setattr(runtime, "precision", lambda on: bf16)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("_graded_here", "_as_on_a_gpu")
+@pytest.mark.usefixtures("_graded_here", "as_on_a_gpu")
 @pytest.mark.parametrize("name", ["CFT rederive", "LoRA CFT rederive"])
 def test_passes_are_in_bf16_and_tuned_weights_are_not(monkeypatch, name):
     one = condition(name)

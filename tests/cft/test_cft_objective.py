@@ -31,7 +31,6 @@ from transformers import (
 
 from ftlib import models
 from ftlib.cft.data import (
-    IGNORED,
     PackingCollator,
     PaddingCollator,
     criticise,
@@ -39,6 +38,7 @@ from ftlib.cft.data import (
     tokenize_examples,
 )
 from ftlib.cft.objective import Learner, masked_loss, training_loss
+from ftlib.sequences import IGNORED
 from ftlib.training import TrainingSettings, train
 
 VOCABULARY = 61
@@ -117,6 +117,19 @@ def test_mean_over_examples_is_that_of_transformers_losses_one_by_one(kind, rows
     assert_same_gradients(model, found.loss, expected)
     by_token = masked_loss(model, **COLLATORS[rows](features), mean="token").loss
     assert (found.loss - by_token).abs() > 0.01
+
+
+@pytest.mark.parametrize("rows", COLLATORS)
+def test_models_in_float64_have_losses_in_float64(rows):
+    """Whereas transformers' own is computed in float32."""
+    model, features = make_model().double(), make_features()
+    ones = []
+    for feature in features:
+        ids, labels = (torch.tensor(feature[name]) for name in ("input_ids", "labels"))
+        logits = model(input_ids=ids[None]).logits[0]
+        ones.append(F.cross_entropy(logits[:-1], labels[1:]))
+    found = masked_loss(model, **COLLATORS[rows](features)).loss
+    torch.testing.assert_close(found, torch.stack(ones).mean(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("rows", COLLATORS)
@@ -292,12 +305,9 @@ def trained(collate=COLLATORS["padded"], mean="example", accelerator=None, **cha
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
+def _on_the_cpu(monkeypatch, fresh_accelerate):
     """Every test sets Accelerate up anew, as does transformers' Trainer."""
     monkeypatch.setenv("FTLIB_DEVICE", "cpu")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def difference(one, two):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from ftlib.cft import chains
 from ftlib.cft.chains import MISCONCEPTIONS, QUESTIONS, SHORT_FACTOR, Vocabulary
 from ftlib.cft.critiques import write_critique
-from ftlib.cft.solutions import CHAIN, Solution, split_of
+from ftlib.cft.solutions import CHAIN, Solution
+from ftlib.splits import split_of
 
 FORMS = ("verdict", "locate", "fix", "rederive")
 EVERY = tuple(MISCONCEPTIONS)

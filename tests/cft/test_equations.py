@@ -7,7 +7,8 @@ import pytest
 from ftlib.cft import equations
 from ftlib.cft.critiques import first_wrong_step, is_right
 from ftlib.cft.equations import Equation, solve
-from ftlib.cft.solutions import EQUATION, split_of
+from ftlib.cft.solutions import EQUATION
+from ftlib.splits import split_of
 
 ALL = list(equations.equations())
 EXAMPLE = Equation(factor=3, shift=5, root=5)

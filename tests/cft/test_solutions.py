@@ -1,14 +1,6 @@
-"""How solutions are written, and which split a question falls into."""
+"""How solutions are written."""
 
-import hashlib
-import subprocess
-import sys
-from collections import Counter
-
-from hypothesis import given
-from hypothesis import strategies as st
-
-from ftlib.cft.solutions import CHAIN, EQUATION, GSM8K, Solution, Step, split_of
+from ftlib.cft.solutions import CHAIN, EQUATION, GSM8K, Solution, Step
 
 STEPS = (Step("2", "2"), Step("7", "7"))
 
@@ -24,28 +16,3 @@ def test_what_is_missing_is_not_written():
     assert Solution("?", (), "").text(CHAIN) == ""
     assert Solution("?", STEPS, "").text(CHAIN) == "2 7"
     assert Solution("?", (), "7").text(GSM8K) == "#### 7"
-
-
-@given(st.text())
-def test_the_first_byte_of_the_hash_decides(question):
-    byte = int(hashlib.sha256(question.encode()).hexdigest()[:2], 16)
-    expected = ["pretrain"] * 4 + ["train"] * 2 + ["validation", "test"]
-    assert split_of(question) == expected[byte // 32]
-
-
-def test_shares_are_a_half_a_quarter_and_two_eighths():
-    counts = Counter(split_of(str(i)) for i in range(20_000))
-    for split, share in [("pretrain", 4), ("train", 2), ("validation", 1), ("test", 1)]:
-        assert abs(counts[split] / 20_000 - share / 8) < 0.01
-
-
-def test_another_process_splits_alike():
-    """Python's own hash would not."""
-    questions = [str(i) for i in range(50)]
-    code = (
-        "from ftlib.cft.solutions import *; print(*map(split_of, map(str, range(50))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [split_of(question) for question in questions]
