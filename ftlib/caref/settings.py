@@ -131,18 +131,18 @@ class AdaLora:
     Attributes:
         rank: of every layer at the start.
         target_rank: on average at the end.
+        ends: share of the steps after which no rank is taken away.
+        begins: share of the steps before the first is.
         alpha: the adapters are scaled by α/r.
         dropout: of the adapters' inputs.
-        begins: share of the steps before the first rank is taken away.
-        ends: share of the steps after which none is.
     """
 
-    rank: int = 8
-    target_rank: int = 4
+    rank: int
+    target_rank: int
+    ends: float
+    begins: float = 0.1
     alpha: int = 32
     dropout: float = 0.1
-    begins: float = 0.1
-    ends: float = 0.6
 
     def __str__(self) -> str:
         return "AdaLoRA"
@@ -207,7 +207,7 @@ BASELINES: dict[str, Recipe | None] = {
     "sparsemax": Recipe(SPARSEMAX),
     "LoRA r=4": Recipe(weights=Lora(rank=4)),
     "LoRA r=16": Recipe(weights=Lora(rank=16)),
-    "AdaLoRA": Recipe(weights=AdaLora()),
+    "AdaLoRA": Recipe(weights=AdaLora(rank=24, target_rank=16, ends=0.3)),
 }
 # λ_SCED, which is 0.1 in the grid; then other α and β, which the paper calls the
 # divergence from uniform and a power-law penalty.
@@ -224,7 +224,7 @@ KNOB: dict[str, Recipe] = {
 # of the decision, not of its calibration.
 TUNING_SEED = 1000
 TRIED_ADALORA = tuple(
-    AdaLora(rank, target, ends=ends)
+    AdaLora(rank, target, ends)
     for rank, target in ((8, 4), (24, 16))
     for ends in (0.3, 0.6)
 )
