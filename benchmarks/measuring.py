@@ -115,6 +115,15 @@ def matmul_rate() -> float:
     return max(rates)
 
 
+def copy_rate() -> float:
+    """Return the bytes per second that a plain copy reads and writes."""
+    elements = 2**29 if runtime.device().type == "cuda" else 2**25
+    source = torch.zeros(elements, device=runtime.device(), dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    milliseconds = time_of(lambda: target.copy_(source)).median
+    return 2000 * source.nbytes / milliseconds
+
+
 class ArmError(RuntimeError):
     """A call raised, or ended its process."""
 

@@ -1,4 +1,4 @@
-"""Compile every kernel of the vocabulary head for a GPU that need not be there.
+"""Compile kernels for a GPU that need not be there.
 
 ``python _offline_compile.py CAPABILITY`` (80 or 90) prints one JSON list. It must run
 without ``TRITON_INTERPRET``, hence in a process of its own.
@@ -12,13 +12,15 @@ import tempfile
 from typing import Any, NamedTuple
 
 import triton
+from ftlib.kernels import decomposition, head_adamw
 from ftlib.kernels import vocabulary_head as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 V, D = 151_936, 1536
 OPTIONAL = ("second_ptr", "squares_ptr", "total_ptr", "argmax_ptr", "softcap")
-SCALARS = ("scale", "softcap", "alpha", "beta", "log_columns")
+SCALARS = ("scale", "softcap", "alpha", "beta", "log_columns", "eps")
+SCALARS += ("decay", "gain", "beta_sq", "gain_sq")
 
 
 class Case(NamedTuple):
@@ -51,6 +53,48 @@ def cases(capability: int) -> list[Case]:
         fused("fused_moments, bare", capability, "bf16", bare),
         fused("fused_moments, one row", capability, "fp16", {"N": 1}),
         fused("fused_moments, float32", capability, "fp32", {}),
+        *decomposed(),
+        *head_steps(),
+    ]
+
+
+def decomposed() -> list[Case]:
+    """Give the kernels of contextual decomposition, as for 144 sources."""
+    norm, epilogue = decomposition._norm_kernel, decomposition._epilogue_kernel
+    activation, gate = decomposition._activation_kernel, decomposition._gate_kernel
+    longest, columns = decomposition.MAX_COLUMNS, decomposition.COLUMNS
+    launches = [
+        ("norm", norm, {"CENTRED": True}, 768),
+        ("norm, longest", norm, {"CENTRED": True}, longest),
+        ("epilogue", epilogue, {"CLEAN_UP": True}, columns),
+        ("activation, gelu", activation, {"ACTIVATION": "gelu"}, columns),
+        ("activation, relu", activation, {"ACTIVATION": "relu"}, columns),
+        ("activation, gelu_tanh", activation, {"ACTIVATION": "gelu_tanh"}, columns),
+        ("gate, gelu_tanh", gate, {"ACTIVATION": "gelu_tanh"}, columns),
+        ("gate, silu", gate, {"ACTIVATION": "silu"}, columns),
+    ]
+    cases = []
+    for name, kernel, constants, width in launches:
+        tile = decomposition.tile(144, width)
+        options = {"num_warps": tile.pop("num_warps")}
+        cases.append(Case(name, kernel, "bf16", tile | constants, options))
+    return [*cases, cases[0]._replace(name="norm, f64 eps", scalar="fp64")]
+
+
+def head_steps() -> list[Case]:
+    """Give the step of head-sliced AdamW, in vectors and one element at a time."""
+    options = {"num_warps": head_adamw.WARPS}
+    kernel, fields = head_adamw.adamw_kernel, {"BLOCK": head_adamw.BLOCK}
+    return [
+        Case(
+            f"adamw, {element}, width {width}",
+            kernel,
+            str(element),
+            fields | {"ELEMENT": element, "WIDTH": width},
+            options,
+        )
+        for element in head_adamw.ELEMENTS.values()
+        for width in (head_adamw.VECTOR, 1)
     ]
 
 
@@ -77,15 +121,16 @@ def source(case: Case) -> ASTSource:
             constants[(i,)] = case.constants[name]
             continue
         signature[name] = argument_type(name, case)
-        if name.endswith(("_ptr", "_stride")):
+        if name.endswith(("_ptr", "_stride")) or name in ("D", "F"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(case.kernel, signature, constants, attributes)
 
 
 def argument_type(name: str, case: Case) -> str:
-    if name in ("tile_ptr", "hidden_ptr", "weight_ptr"):
+    is_stream = "GROUP" in case.constants and name.endswith("_ptr")
+    if is_stream or name in ("tile_ptr", "hidden_ptr", "weight_ptr"):
         return f"*{case.element}"
-    if name in ("targets_ptr", "argmax_ptr"):
+    if name in ("targets_ptr", "argmax_ptr", "tiles_ptr", "parameters_ptr"):
         return "*i64"
     if name in SCALARS:
         return case.scalar
@@ -106,6 +151,7 @@ def report(case: Case, capability: int) -> dict[str, Any]:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "copies": ptx.count("cp.async.c"),
+        "wide": len(re.findall(r"(?:ld|st)\.global\.v4", ptx)),
         "float64": len(re.findall(r"\b(?:add|sub|mul|div|fma)\.\S*f64", ptx)),
     }
 

@@ -67,3 +67,16 @@ def test_tiles_fit_the_shared_memory(compiled):
     capability, kernels = compiled
     limit = {80: 99, 90: 227}[capability] * 1024
     assert all(kernel["shared"] <= limit for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("element", ["fp32", "fp16", "bf16"])
+def test_moments_of_heads_move_sixteen_bytes_at_a_time(compiled, element):
+    """Nothing in a table of addresses says so by itself: the kernel's hints must."""
+    kernels = compiled[1]
+    assert kernels[f"adamw, {element}, width 4"]["wide"] >= 8
+    assert kernels[f"adamw, {element}, width 1"]["wide"] == 0
+
+
+@pytest.mark.parametrize("name", ["norm", "epilogue", "activation, relu", "gate, silu"])
+def test_streams_move_sixteen_bytes_at_a_time(compiled, name):
+    assert compiled[1][name]["wide"] >= 8
