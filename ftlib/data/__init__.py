@@ -12,6 +12,8 @@ from ftlib.data.registry import (
 from ftlib.data.sets import (
     ExplainedQuestion,
     Inference,
+    InferencePair,
+    LabelledText,
     MathProblem,
     Problem,
     SensePair,
@@ -21,9 +23,12 @@ from ftlib.data.sets import (
     ecqa,
     esnli,
     gsm8k,
+    indonli,
     math500,
     minerva,
+    nusax,
     svamp,
+    xnli,
 )
 
 __all__ = [
@@ -32,6 +37,8 @@ __all__ = [
     "ExplainedQuestion",
     "Holding",
     "Inference",
+    "InferencePair",
+    "LabelledText",
     "MathProblem",
     "Problem",
     "SensePair",
@@ -43,10 +50,13 @@ __all__ = [
     "esnli",
     "fetch",
     "gsm8k",
+    "indonli",
     "math500",
     "minerva",
+    "nusax",
     "read_csv",
     "read_jsonl",
     "sha256",
     "svamp",
+    "xnli",
 ]

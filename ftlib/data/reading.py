@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a UTF-8 file of one JSON object a line.
+def read_jsonl(path: Path | zipfile.Path) -> list[dict[str, Any]]:
+    """Read a UTF-8 file of one JSON object a line, which may lie in an archive.
 
     Raises:
         ValueError: a line is not a JSON object; the message has its number.

@@ -7,6 +7,7 @@ The loaders of mathematical problems agree on two fields: ``question``, and
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
@@ -18,6 +19,15 @@ Gsm8kSplit = Literal["train", "test"]
 EsnliSplit = Literal["dev", "test"]
 ComveSplit = Literal["train", "dev", "test"]
 CoseSplit = Literal["train", "dev"]
+NusaxSplit = Literal["train", "valid", "test"]
+IndonliSplit = Literal["train", "val", "test_lay", "test_expert"]
+XnliSplit = Literal["dev", "test"]
+
+NUSAX_LANGUAGES = tuple(
+    "acehnese balinese banjarese buginese english indonesian javanese madurese "
+    "minangkabau ngaju sundanese toba_batak".split()
+)
+XNLI_LANGUAGES = tuple("ar bg de el en es fr hi ru sw th tr ur vi zh".split())
 
 
 class Problem(TypedDict):
@@ -42,20 +52,38 @@ class MathProblem(Problem):
     level: int
 
 
-class Inference(TypedDict):
-    """A premise and a hypothesis, with why the label holds.
+class InferencePair(TypedDict):
+    """A premise and a hypothesis.
 
     Attributes:
         premise: what is taken for true.
         hypothesis: what is asked about.
         label: ``entailment``, ``neutral`` or ``contradiction``.
-        explanations: three, each by another annotator.
     """
 
     premise: str
     hypothesis: str
     label: str
+
+
+class Inference(InferencePair):
+    """A premise and a hypothesis, with why the label holds: three ``explanations``."""
+
     explanations: list[str]
+
+
+class LabelledText(TypedDict):
+    """A text and its sentiment.
+
+    Attributes:
+        id: of the text; its translations have the same.
+        text: the text.
+        label: ``positive``, ``neutral`` or ``negative``.
+    """
+
+    id: str
+    text: str
+    label: str
 
 
 class SensePair(TypedDict):
@@ -284,9 +312,93 @@ def ecqa() -> list[ExplainedQuestion]:
     )
 
 
+def nusax(language: str, split: NusaxSplit) -> list[LabelledText]:
+    """Load NusaX: 500 opinions to train on, 100 in valid, 400 in test, per language.
+
+    The languages are parallel: in each split the same texts come in the same order with
+    the same labels. A training text of one language is the translation of one of every
+    other, though never of a text in test.
+
+    Args:
+        language: one of ``NUSAX_LANGUAGES``.
+        split: which part.
+
+    Raises:
+        ValueError: there is no such language or split.
+        DataUnavailable: the file is nowhere to be found.
+        DataCorrupt: the file is damaged or altered.
+    """
+    _check_language("NusaX", language, NUSAX_LANGUAGES)
+    _check_split("NusaX", split, get_args(NusaxSplit))
+    return [
+        {"id": row["id"], "text": row["text"].strip(), "label": row["label"]}
+        for row in read_csv(fetch(f"nusax/sentiment/{language}/{split}.csv"))
+    ]
+
+
+def indonli(split: IndonliSplit) -> list[InferencePair]:
+    """Load IndoNLI: 10,330 Indonesian pairs in train, 2,197 in val.
+
+    Of the tests, ``test_lay`` has 2,201 pairs by annotators such as those of train and
+    val, and ``test_expert`` 2,984 by linguists. Nine in ten pairs of val and test_lay
+    have a premise that train has too, those of test_expert none.
+
+    Raises:
+        ValueError: there is no such split.
+        DataUnavailable: the file is nowhere to be found.
+        DataCorrupt: the file is damaged or altered.
+    """
+    _check_split("IndoNLI", split, get_args(IndonliSplit))
+    labels = {"e": "entailment", "n": "neutral", "c": "contradiction"}
+    return [
+        {
+            "premise": row["premise"].strip(),
+            "hypothesis": row["hypothesis"].strip(),
+            "label": labels[row["label"]],
+        }
+        for row in read_jsonl(fetch(f"indonli/{split}.jsonl"))
+    ]
+
+
+def xnli(language: str, split: XnliSplit) -> list[InferencePair]:
+    """Load XNLI 1.0: 2,490 pairs in dev and 5,010 in test, in each of 15 languages.
+
+    The languages are parallel. There is no train part: XNLI's authors train on
+    MultiNLI, which is English and not in the registry.
+
+    Args:
+        language: one of ``XNLI_LANGUAGES``, by its code.
+        split: which part.
+
+    Raises:
+        ValueError: there is no such language or split.
+        DataUnavailable: the archive is nowhere to be found.
+        DataCorrupt: the archive is damaged or altered.
+    """
+    _check_language("XNLI", language, XNLI_LANGUAGES)
+    _check_split("XNLI", split, get_args(XnliSplit))
+    archive = fetch("xnli/XNLI-1.0.zip")
+    return [
+        {
+            "premise": row["sentence1"].strip(),
+            "hypothesis": row["sentence2"].strip(),
+            "label": row["gold_label"],
+        }
+        for row in read_jsonl(zipfile.Path(archive, f"XNLI-1.0/xnli.{split}.jsonl"))
+        if row["language"] == language
+    ]
+
+
 def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}: choose {' or '.join(splits)}")
+
+
+def _check_language(name: str, language: str, languages: tuple[str, ...]) -> None:
+    if language not in languages:
+        raise ValueError(
+            f"{name} has no language {language!r}: choose one of {', '.join(languages)}"
+        )
 
 
 def _right_reasons(row: dict[str, str]) -> list[str]:

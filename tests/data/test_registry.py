@@ -170,7 +170,7 @@ def test_catalogue_counts_what_is_where(tmp_path, cache, monkeypatch):
 
 def test_registry_is_well_formed():
     files = [file for entry in registry.data_sets().values() for file in entry.files]
-    assert len({file.path for file in files}) == len(files) == 80
+    assert len({file.path for file in files}) == len(files) == 81
     for entry in registry.data_sets().values():
         assert entry.what
         assert entry.licence
@@ -179,7 +179,8 @@ def test_registry_is_well_formed():
             assert file.bytes > 0
             assert (file.url is None) == (entry.how is not None)
     urls = [file.url for file in files if file.url]
-    assert all(url.startswith("https://raw.githubusercontent.com/") for url in urls)
+    hosts = ("https://raw.githubusercontent.com/", "https://dl.fbaipublicfiles.com/")
+    assert all(url.startswith(hosts) for url in urls)
     assert not any(" " in url or "/main/" in url or "/master/" in url for url in urls)
 
 
