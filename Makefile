@@ -41,10 +41,16 @@ lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the results
-	$(BIN)/python benchmarks/vocabulary_head.py --scale gpu
+	for script in vocabulary_head decomposition head_adamw; do \
+		$(BIN)/python benchmarks/$$script.py --scale gpu || exit 1; \
+	done
 	$(BIN)/ftlib run cgm --scale gpu --seeds 3
 	$(BIN)/ftlib run cft --scale gpu --seeds 3 --experiment gsm8k
 	$(BIN)/ftlib run cft --scale gpu --seeds 1 --experiment gsm8k-learning-rate
+	for model in opus-mt-en-fr smollm2-135m; do for task in esnli comve cose; do \
+		$(BIN)/ftlib run caref --scale gpu --seeds 10 \
+			--experiment "48-shot $$task $$model" || exit 1; \
+	done; done
 
 # trl and verl ask for other versions of transformers; what is compared needs neither.
 bench: $(INSTALLED)  ## install the vocabulary head's peers, time it beside them

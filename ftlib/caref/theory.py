@@ -29,8 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.integrate import solve_ivp
 from scipy.optimize import brentq, minimize, minimize_scalar
-from scipy.special import expit, log_expit
+from scipy.special import expit, log_expit, logsumexp
 
 from ftlib.ops import TokenLoss
 
@@ -44,6 +45,8 @@ _GRID_STEP = 0.05
 # see in a loss of order one.
 _LARGEST_PAIR_LOG_ODDS = 30.0
 _PAIR_GRID_STEP = 0.25
+# Of gradient flow: by then it has settled, but for what CE alone takes from the rest.
+_LONG = 1e6
 
 
 # --- SCED -----------------------------------------------------------------------------
@@ -358,6 +361,43 @@ def _distinct(optima: list[Optimum]) -> list[Optimum]:
         ):
             kept.append(one)
     return kept
+
+
+def settle(target: ArrayLike, vocabulary: int, loss: TokenLoss) -> Array:
+    """Return where gradient descent on the logits leads from the right distribution.
+
+    It starts at ``target``, but for one percent that the rest shares equally. Its steps
+    are infinitely small (gradient flow), since large ones may jump over a barrier.
+
+    Args:
+        target: how often each of the first K tokens is right, (K,); sums to 1.
+        vocabulary: V.
+        loss: of a token; without a z-loss.
+
+    Returns:
+        Probabilities of the K tokens and of one of the rest, (K + 1,).
+
+    Raises:
+        ValueError: the target is not a distribution over fewer than V tokens.
+    """
+    chances = np.asarray(target, dtype=np.float64)
+    others = vocabulary - len(chances)
+    if others < 1 or chances.min() <= 0 or not math.isclose(chances.sum(), 1):
+        raise ValueError(
+            f"target is {chances}: give positive chances of fewer than {vocabulary}"
+            " tokens that sum to 1"
+        )
+    counts = np.append(np.ones_like(chances), others)
+
+    def descent(_: float, z: Array) -> Array:
+        log_p = z - logsumexp(z, b=counts)
+        p, slopes = np.exp(log_p), _slopes(log_p, vocabulary, chances, loss)
+        return np.asarray(-p * (slopes - (counts * p * slopes).sum()))
+
+    start = np.log(np.append(0.99 * chances, 0.01 / others))
+    path = solve_ivp(descent, (0, _LONG), start, "LSODA", rtol=1e-8, atol=1e-8)
+    z = path.y[:, -1]
+    return np.asarray(np.exp(z - logsumexp(z, b=counts)))
 
 
 # --- the expected loss, and its slope ----------------------------------------------

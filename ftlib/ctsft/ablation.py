@@ -177,15 +177,30 @@ def faithfulness(
         ValueError: the heads make no difference together, so that nothing is a share
             of it.
     """
+    return faithfulnesses(model, [circuit], batches, means, token_ids)[0]
+
+
+def faithfulnesses(
+    model: Any,
+    circuits: Sequence[Collection[Head]],
+    batches: Iterable[LabelledBatch],
+    means: Tensor,
+    token_ids: Tensor,
+) -> list[float]:
+    """Return :func:`faithfulness` of several circuits.
+
+    The margins of all heads and of none are measured only once.
+    """
     batches, heads = list(batches), set(all_heads(model))
-    kept: list[Collection[Head]] = [circuit, (), heads]
+    kept: list[Collection[Head]] = [(), heads, *circuits]
     margin = []
     for inside in kept:
         with mean_ablated(model, heads - set(inside), means):
             margin.append(mean_margin(model, batches, token_ids))
-    if margin[2] == margin[1]:
+    none, everything, *others = margin
+    if everything == none:
         raise ValueError(
             "the margin is the same with all heads and with none, so a circuit's share"
             " of the difference does not exist"
         )
-    return (margin[0] - margin[1]) / (margin[2] - margin[1])
+    return [(m - none) / (everything - none) for m in others]

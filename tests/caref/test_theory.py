@@ -17,6 +17,7 @@ from ftlib.caref.theory import (
     sced_shares,
     sced_slopes,
     sced_terms,
+    settle,
     spike_loss,
     spike_peak,
     spike_sced,
@@ -280,3 +281,37 @@ def test_what_has_no_optimum_is_refused():
         spike_loss(0.0, V, TokenLoss(z_loss=1e-4))
     with pytest.raises(ValueError, match=r"q is 1\.0"):
         pair_optima(1.0, V, CAREF)
+
+
+# --- descent ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", [0.6, 0.9])
+def test_descent_ends_in_a_minimum(q):
+    *pair, _ = settle([q, 1 - q], V, CAREF)
+    optima = [(o.first, o.second) for o in pair_optima(q, V, CAREF)]
+    distances = [np.abs(np.subtract(pair, o)).max() for o in optima]
+    assert min(distances) < 1e-5
+
+
+@pytest.mark.parametrize("loss", [KL, SCED, CAREF])
+def test_descent_is_that_of_whole_logits(loss):
+    """In small steps, and with every token of the rest on its own."""
+    target, size = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 40
+    probs = torch.cat([0.99 * target, torch.full((size - 3,), 0.01 / (size - 3))])
+    logits = probs.double().log()
+    for _ in range(2500):
+        logits = logits.detach().requires_grad_()
+        rows = token_loss_of_logits(loss, logits.expand(3, -1), torch.arange(3))
+        (gradient,) = torch.autograd.grad((target * rows).sum(), logits)
+        logits = logits - 0.5 * gradient
+    reached = logits.detach().softmax(-1).numpy()
+    found = settle(target, size, loss)
+    np.testing.assert_allclose(found[:3], reached[:3], atol=2e-3)
+    np.testing.assert_allclose(found[3], reached[3:], atol=2e-3)
+
+
+@pytest.mark.parametrize("target", [[0.5, 0.4], [1.0, 0.0], [0.25] * 4])
+def test_descent_refuses_what_is_no_choice_among_few(target):
+    with pytest.raises(ValueError, match="fewer than 4 tokens"):
+        settle(target, 4, CAREF)
