@@ -143,9 +143,7 @@ class World:
         if not 1 <= self.people <= 8:
             raise ValueError(f"people must be from 1 to 8, not {self.people}")
         if not 0 <= self.negated <= 1:
-            raise ValueError(
-                f"negated must be a share from 0 to 1, not {self.negated}"
-            )
+            raise ValueError(f"negated must be a share from 0 to 1, not {self.negated}")
 
 
 @dataclass(frozen=True)
