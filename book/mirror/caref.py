@@ -2373,13 +2373,14 @@ for spread in (0, 0.5, 1.5, 3, 6):
 #
 # ## Run it at scale `gpu`
 #
-# `make gpu` (or `ftlib run caref --scale gpu --seeds 10`) leaves the made-up notes for the
-# benchmarks of the paper: e-SNLI {cite:p}`camburu2018esnli`, ComVE
+# `ftlib run caref --scale gpu --seeds 10` leaves the made-up notes for the benchmarks of
+# the paper: e-SNLI {cite:p}`camburu2018esnli`, ComVE
 # {cite:p}`wang2020semeval` and CoS-E {cite:p}`rajani2019explain` in FEB's format, with 48
 # examples a seed or 4,000. The models are those at hand among Flan-T5 (small and base),
 # an English-to-French translator (opus-mt-en-fr) and SmolLM2-135M. The arms are the
 # grid of our records, with all weights or AQ, and LoRA of ranks 4 and 128. An arm that
-# is not tuned stands beside them.
+# is not tuned stands beside them. `make gpu` runs the part with 48 examples on the
+# translator and on SmolLM2.
 #
 # **What it can show**: the order of the losses on the same weights, and of the weights
 # under the same loss, with intervals over seeds, and whether SCED changes calibration on
