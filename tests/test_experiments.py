@@ -245,7 +245,7 @@ def test_the_papers_scale_is_never_run(plan):
 
 def test_an_unknown_method_lists_the_known():
     with pytest.raises(
-        PlanError, match="unknown method 'nosuch': choose from caref, cft, cgm"
+        PlanError, match="unknown method 'nosuch': choose from caref, cft, cgm, ctsft"
     ):
         run_plan("nosuch", "cpu", [0])
 

@@ -1,24 +1,23 @@
 """Two languages of one grammar, in which it is known who feels what.
 
-A text tells what a few people think of things. One question asks how one of them feels,
-the other who spoke of a thing:
+A text is what a few people say of things, the narrator among them, who says ``i``. One
+question asks how the narrator feels, the other of what:
 
-    mia fancies soup . tom not loathes rain and hates tea . mood of tom : neutral
-    mia fancies soup . tom not loathes rain and hates tea . voice on soup : mia
+    fancies soup says mia . not loathes rain says i . mood : positive
+    fancies soup says mia . not loathes rain says i . topic : rain
 
-A word of feeling has a value from −2 to 2, and ``not`` turns the sign of the one that
-follows it. People feel ``positive``, ``neutral`` or ``negative`` as the sum over what
-they say is above, at or below zero. What the others feel is no evidence: it counts who
-said it.
+A word of feeling is ``positive``, ``neutral`` or ``negative``, and ``not`` turns one
+into its opposite. What the others say is no evidence: it counts who said it.
 
 The **proxy** language is written as above. A **target** language has the same grammar
 and other words: those of the proxy, spelt backwards, except for the share of them that
-the two have in common. Names and the words of the questions are the same everywhere:
+the two have in common. Names, ``says`` and ``i``, and the words of the questions are
+the same everywhere:
 
-    mia seicnaf puos . tom ton sehtaol niar dna hates aet . mood of tom :
+    fancies soup says mia . ton sehtaol niar says i . mood :
 
-Plain texts of a language tell how people react (``mia smiles .``). Who has read them
-knows what the words mean, but not what a question asks for.
+Plain texts of a language end with how the narrator looks (``so i smiles .``). Who has
+read them knows what the words mean, but not what a question asks for.
 
 The split of a text is decided by a hash of its words in the proxy, so that no text of a
 test is the translation of one that was trained on.
@@ -41,26 +40,17 @@ from ftlib.words import WordVocabulary
 Choice = TypeVar("Choice")
 
 POSITIVE, NEUTRAL, NEGATIVE = LABELS = ("positive", "neutral", "negative")
-NAMES = "ann ben eva ian kim leo mia ned pam sue tom zoe".split()
-THINGS = (
-    "bread chess coffee fog jazz maths opera paint rain snow soup tea tennis trains "
-    "wind yoga"
-).split()
-ADVERBS = "today again indoors".split()
-FEELINGS: Mapping[str, int] = MappingProxyType(
+NAMES = "ann ben eva kim leo mia sue tom".split()
+NARRATOR = "i"
+THINGS = "soup bread chess coffee jazz maths opera paint rain snow tea yoga".split()
+FEELINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        word: value
-        for value, words in {
-            2: "adores loves treasures worships",
-            1: "likes enjoys fancies favours",
-            0: "meets notes views passes",
-            -1: "dislikes avoids resents doubts",
-            -2: "hates loathes detests despises",
-        }.items()
-        for word in words.split()
+        POSITIVE: ("fancies", "adores", "enjoys", "likes", "loves", "treasures"),
+        NEUTRAL: ("notes", "meets", "passes", "finds", "studies", "views"),
+        NEGATIVE: ("avoids", "despises", "dislikes", "hates", "loathes", "resents"),
     }
 )
-"""Words of feeling and their values."""
+"""Words of feeling, by what they say without ``not``."""
 REACTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         POSITIVE: ("smiles", "laughs"),
@@ -68,74 +58,51 @@ REACTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         NEGATIVE: ("frowns", "groans"),
     }
 )
-"""How people react in plain texts, by what they feel."""
-NOT, AND = "not", "and"
+"""How the narrator looks at the end of plain texts, by what he feels."""
+NOT = "not"
+_OPPOSITE = {POSITIVE: NEGATIVE, NEUTRAL: NEUTRAL, NEGATIVE: POSITIVE}
+_MOOD, _TOPIC = " mood :", " topic :"
+_FEELING = {word: label for label, words in FEELINGS.items() for word in words}
 
 _PATIENCE = 1000
 
 
-class Opinion(NamedTuple):
-    """What somebody thinks of a thing.
+class Sentence(NamedTuple):
+    """What somebody says of a thing.
 
     Attributes:
+        name: who.
         word: of feeling.
         thing: what it is about.
         negated: whether ``not`` stands before the word.
     """
 
+    name: str
     word: str
     thing: str
     negated: bool = False
 
     @property
-    def value(self) -> int:
-        """From −2 to 2; above zero is good."""
-        return -FEELINGS[self.word] if self.negated else FEELINGS[self.word]
-
-    @property
-    def text(self) -> str:
-        """The word and the thing."""
-        return " ".join([*[NOT] * self.negated, self.word, self.thing])
-
-
-class Sentence(NamedTuple):
-    """One person's opinions, one or two.
-
-    Attributes:
-        name: whose they are.
-        opinions: in the sentence's order.
-        adverb: one of ``ADVERBS``, which means nothing, or nothing.
-    """
-
-    name: str
-    opinions: tuple[Opinion, ...]
-    adverb: str = ""
-
-    @property
     def label(self) -> str:
         """What the person feels: one of ``LABELS``."""
-        total = sum(opinion.value for opinion in self.opinions)
-        return NEUTRAL if not total else POSITIVE if total > 0 else NEGATIVE
+        label = _FEELING[self.word]
+        return _OPPOSITE[label] if self.negated else label
 
     @property
     def text(self) -> str:
         """The sentence, with its full stop."""
-        opinions = f" {AND} ".join(opinion.text for opinion in self.opinions)
-        return " ".join(f"{self.name} {opinions} {self.adverb} .".split())
+        before = f"{NOT} " if self.negated else ""
+        return f"{before}{self.word} {self.thing} says {self.name} ."
 
 
 class Story(NamedTuple):
-    """A text of the proxy language, and which of its people a question is about.
+    """A text of the proxy language.
 
     Attributes:
-        sentences: each of somebody else; no two are of the same thing.
-        asked: index of the sentence of the one in question.
-        thing: of his opinions, the one in question.
+        sentences: each of somebody else and about another thing; one is the narrator's.
     """
 
     sentences: tuple[Sentence, ...]
-    asked: int
-    thing: str
 
     @property
     def text(self) -> str:
@@ -143,14 +110,21 @@ class Story(NamedTuple):
         return " ".join(sentence.text for sentence in self.sentences)
 
     @property
-    def label(self) -> str:
-        """What the one in question feels."""
-        return self.sentences[self.asked].label
+    def own(self) -> Sentence:
+        """What the narrator says."""
+        return next(s for s in self.sentences if s.name == NARRATOR)
 
-    @property
-    def name(self) -> str:
-        """The one in question, who spoke of the thing in question."""
-        return self.sentences[self.asked].name
+
+class Lesson(NamedTuple):
+    """A text to learn from, and how it goes on.
+
+    Attributes:
+        text: what is read.
+        turns: what is given next, and the words to learn that follow it.
+    """
+
+    text: str
+    turns: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -158,23 +132,18 @@ class World:
     """What stories are drawn from.
 
     Attributes:
-        people: in a story, 1 to 8.
-        mixed: share of people with two opinions.
-        negated: share of opinions with ``not``, before the labels are balanced.
+        people: in a story, the narrator included, 1 to 8.
+        negated: share of sentences with ``not``.
     """
 
     people: int = 3
-    mixed: float = 0.25
     negated: float = 0.25
 
     def __post_init__(self) -> None:
         if not 1 <= self.people <= 8:
             raise ValueError(f"people must be from 1 to 8, not {self.people}")
-        for name in ("mixed", "negated"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} must be a share from 0 to 1, not {getattr(self, name)}"
-                )
+        if not 0 <= self.negated <= 1:
+            raise ValueError(f"negated must be a share from 0 to 1, not {self.negated}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +155,7 @@ class Language:
             the first ones, rounded down. With all of them it is the proxy.
     """
 
-    shared: float = 0.5
+    shared: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 <= self.shared <= 1:
@@ -212,14 +181,14 @@ PROXY = Language(shared=1.0)
 def sample(n: int, split: Split, seed: int, world: World | None = None) -> list[Story]:
     """Draw stories whose texts are all different.
 
-    Every person feels each of the labels in a third of the stories, whatever the
-    others feel.
+    Everybody feels each of the labels in a third of the stories, whatever the others
+    feel.
 
     Args:
         n: how many.
         split: of the texts.
         seed: of the draw.
-        world: shares of the kinds of sentences; by default ``World()``.
+        world: what they are drawn from; by default ``World()``.
 
     Raises:
         ValueError: there is no such split, or the world has not that many stories.
@@ -246,41 +215,66 @@ def sample(n: int, split: Split, seed: int, world: World | None = None) -> list[
 
 
 def sentiment(stories: Iterable[Story], language: Language = PROXY) -> list[Item]:
-    """Ask what one of the people feels; the label words are ``LABELS``."""
+    """Ask how the narrator feels; the label words are ``LABELS``."""
     return [
-        Item(language.translate(story.text), f" mood of {story.name} :", story.label)
+        Item(language.translate(story.text), _MOOD, story.own.label)
         for story in stories
     ]
 
 
-def speakers(stories: Iterable[Story], language: Language = PROXY) -> list[Item]:
-    """Ask who spoke of a thing, the related task; the label words are ``NAMES``."""
+def topics(stories: Iterable[Story], language: Language = PROXY) -> list[Item]:
+    """Ask what the narrator speaks of, the related task.
+
+    The label words are ``THINGS``, in the language.
+    """
     return [
         Item(
             language.translate(story.text),
-            f" voice on {language.translate(story.thing)} :",
-            story.name,
+            _TOPIC,
+            language.translate(story.own.thing),
         )
         for story in stories
     ]
 
 
-def plain(stories: Iterable[Story], seed: int, language: Language = PROXY) -> list[str]:
-    """Write texts without questions, to pre-train with.
+# --- what is learnt before ----------------------------------------------------
 
-    At the end everybody reacts, or says the same again, so that looking up who said
-    what makes a text easier to predict.
+
+def lessons(stories: Sequence[Story], language: Language = PROXY) -> list[Lesson]:
+    """Ask both questions about each story, each of them first every other time."""
+    asked = zip(sentiment(stories, language), topics(stories, language), strict=True)
+    return [
+        Lesson(mood.text, _turns(mood, topic) if at % 2 else _turns(topic, mood))
+        for at, (mood, topic) in enumerate(asked)
+    ]
+
+
+def _turns(*items: Item) -> tuple[tuple[str, str], ...]:
+    return tuple((item.question, item.label) for item in items)
+
+
+def plain(
+    stories: Iterable[Story], seed: int, language: Language = PROXY
+) -> list[Lesson]:
+    """Write texts without questions, which end with how the narrator looks.
 
     Args:
         stories: one text each.
-        seed: of who comes first, and what they do.
+        seed: of which of a feeling's looks it is.
         language: of the texts.
     """
     rng = np.random.default_rng(seed)
     return [
-        language.translate(" ".join([story.text, *_endings(story, rng)]))
+        Lesson(
+            language.translate(story.text),
+            ((f" so {NARRATOR}", language.translate(_look(story, rng))),),
+        )
         for story in stories
     ]
+
+
+def _look(story: Story, rng: np.random.Generator) -> str:
+    return _any(REACTIONS[story.own.label], rng)
 
 
 # --- tokens -------------------------------------------------------------------
@@ -291,7 +285,7 @@ class Vocabulary(WordVocabulary):
 
     def __init__(self) -> None:
         proxy = [word for kind in _kinds() for word in kind]
-        common = [*LABELS, *NAMES, *"mood voice of on : .".split()]
+        common = [*LABELS, *NAMES, NARRATOR, *"says mood topic so : .".split()]
         super().__init__([*common, *proxy, *(word[::-1] for word in proxy)])
 
 
@@ -299,47 +293,27 @@ class Vocabulary(WordVocabulary):
 
 
 def _kinds() -> list[list[str]]:
-    """The words that languages differ in, by kind; a feeling's value is a kind too."""
-    graded = [[w for w, v in FEELINGS.items() if v == value] for value in range(-2, 3)]
-    reactions = [list(words) for words in REACTIONS.values()]
-    return [THINGS, ADVERBS, [NOT], [AND], *graded, *reactions]
+    """The words that languages differ in, by kind; each feeling is a kind."""
+    labelled = [*FEELINGS.values(), *REACTIONS.values()]
+    return [THINGS, [NOT], *(list(words) for words in labelled)]
 
 
 def _draw(world: World, rng: np.random.Generator) -> Story:
-    names = rng.permutation(NAMES)[: world.people].tolist()
-    things = rng.permutation(THINGS).tolist()
-    sentences = tuple(_sentence(name, things, world, rng) for name in names)
-    asked = int(rng.integers(world.people))
-    opinions = sentences[asked].opinions
-    return Story(sentences, asked, opinions[int(rng.integers(len(opinions)))].thing)
+    names = [NARRATOR, *rng.permutation(NAMES)[: world.people - 1].tolist()]
+    things = rng.permutation(THINGS)[: world.people].tolist()
+    sentences = [
+        _sentence(name, thing, world, rng)
+        for name, thing in zip(names, things, strict=True)
+    ]
+    return Story(tuple(sentences[at] for at in rng.permutation(world.people)))
 
 
 def _sentence(
-    name: str, things: list[str], world: World, rng: np.random.Generator
+    name: str, thing: str, world: World, rng: np.random.Generator
 ) -> Sentence:
-    """Draw a label, then opinions until they have it; takes the things it is of."""
-    label = _any(LABELS, rng)
-    own = [things.pop() for _ in range(1 + (rng.random() < world.mixed))]
-    words = tuple(FEELINGS)
-    while True:
-        opinions = tuple(
-            Opinion(_any(words, rng), thing, rng.random() < world.negated)
-            for thing in own
-        )
-        sentence = Sentence(name, opinions, _any(("", "", "", *ADVERBS), rng))
-        if sentence.label == label:
-            return sentence
-
-
-def _endings(story: Story, rng: np.random.Generator) -> list[str]:
-    """How everybody reacts or says it again, in any order."""
-    sentences = [story.sentences[at] for at in rng.permutation(len(story.sentences))]
-    return [
-        sentence.text
-        if rng.random() < 0.5
-        else f"{sentence.name} {_any(REACTIONS[sentence.label], rng)} ."
-        for sentence in sentences
-    ]
+    label, negated = _any(LABELS, rng), bool(rng.random() < world.negated)
+    word = _any(FEELINGS[_OPPOSITE[label] if negated else label], rng)
+    return Sentence(name, word, thing, negated)
 
 
 def _any(choices: Sequence[Choice], rng: np.random.Generator) -> Choice:
