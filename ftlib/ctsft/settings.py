@@ -124,7 +124,7 @@ ARMS: Mapping[str, Recipe] = MappingProxyType(
     {
         "full": Recipe("all"),
         "full, lower rate": Recipe("all"),
-        "full, L2 to start": Recipe("all", l2=0.1),
+        "full, L2 to start": Recipe("all", l2=1.0),
         "circuit": Recipe("circuit"),
         "near zero": Recipe("near zero"),
         "random": Recipe("random"),
@@ -157,13 +157,13 @@ LOWER = 0.1
 
 LEARNING_RATES: Mapping[str, float] = MappingProxyType(
     {
-        "full": 1e-3,
-        "full, L2 to start": 3e-3,
-        "circuit": 3e-3,
-        "near zero": 3e-3,
+        "full": 3e-3,
+        "full, L2 to start": 1e-2,
+        "circuit": 3e-2,
+        "near zero": 3e-2,
         "random": 3e-3,
-        "norms": 3e-2,
-        "LoRA": 3e-3,
+        "norms": 1e-1,
+        "LoRA": 1e-2,
     }
 )
 """As chosen by the search."""
