@@ -497,7 +497,9 @@ if models.available("smollm2-135m", fetch=True):
     ready = tokenize_examples(examples, tokenizer, max_length=512)
     print(f"{len(ready.features)} examples; {ready.truncated} cut short;"
           f" dropped: {ready.dropped or 'none'}")
-    settings = TrainingSettings(steps=4, batch_size=2, learning_rate=2e-5)
+    settings = TrainingSettings(
+        steps=4, batch_size=min(2, len(examples)), learning_rate=2e-5
+    )
     history = train(
         Learner(model), ready.features, training_loss, settings,
         collate=PaddingCollator(tokenizer.pad_token_id),
