@@ -14,14 +14,12 @@ checked against two streams in float64 on one source. Each arm leaves a record i
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import typer
-from measuring import Times, copy_rate, matmul_rate, time_of
+from measuring import Times, copy_rate, matmul_rate, scale_to_time, time_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -374,14 +372,7 @@ def table(records: Iterable[Record]) -> str:
 
 def main(scale: str | None = None) -> None:
     """Measure every task and arm, record them, and print a table."""
-    chosen = runtime.scale(scale)
-    if chosen != ("gpu" if runtime.device().type == "cuda" else "cpu"):
-        sys.exit(
-            f"scale {chosen} on {runtime.describe_device()}: give --scale gpu where "
-            "there is a CUDA device, else --scale cpu"
-        )
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 would time the interpreter: unset it")
+    chosen = scale_to_time(scale)
     print(runtime.report())
     size, rates = SIZES[chosen], (copy_rate(), matmul_rate())
     print(f"copy: {rates[0] / 1e9:.3g} GB/s, matmul: {rates[1] / 1e12:.3g} TFLOP/s")

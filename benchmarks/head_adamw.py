@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import typer
-from measuring import Times, copy_rate, time_of
+from measuring import Times, copy_rate, scale_to_time, time_of
 from torch import Tensor, nn
 
 from ftlib import runtime
@@ -328,14 +326,7 @@ def table(records: Iterable[Record]) -> str:
 
 def main(scale: str | None = None) -> None:
     """Measure every method, record it, and print a table for each dtype."""
-    chosen = runtime.scale(scale)
-    if chosen != ("gpu" if runtime.device().type == "cuda" else "cpu"):
-        sys.exit(
-            f"scale {chosen} on {runtime.describe_device()}: give --scale gpu where "
-            "there is a CUDA device, else --scale cpu"
-        )
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 would time the interpreter: unset it")
+    chosen = scale_to_time(scale)
     print(runtime.report())
     rate = copy_rate()
     print(f"plain copy: {rate / 1e12:.3g} TB/s")

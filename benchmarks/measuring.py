@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,23 @@ from ftlib import runtime
 
 # What a head is expected to take of the budget before any of its arms has run.
 FIRST_SECONDS = 10.0
+
+
+def scale_to_time(scale: str | None) -> str:
+    """Return the scale to measure at, or end the process where it would mislead.
+
+    Args:
+        scale: as given; by default the one of this machine.
+    """
+    chosen = runtime.scale(scale)
+    if chosen != ("gpu" if runtime.device().type == "cuda" else "cpu"):
+        sys.exit(
+            f"scale {chosen} on {runtime.describe_device()}: give --scale gpu where "
+            "there is a CUDA device, else --scale cpu"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 would time the interpreter: unset it")
+    return chosen
 
 
 class Times(NamedTuple):

@@ -15,8 +15,6 @@ import functools
 import gc
 import importlib.metadata
 import math
-import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +33,7 @@ from measuring import (
     Worker,
     matmul_rate,
     memory_of,
+    scale_to_time,
     time_of,
 )
 from peers import IMPLEMENTATIONS, LOSSES, TASKS
@@ -407,14 +406,7 @@ def report(
 def main(minutes: float = 8.0, scale: str | None = None) -> None:
     """Measure every head that is there, record it, and print the tables."""
     budget = Budget(60 * minutes - AROUND_SECONDS)
-    chosen = runtime.scale(scale)
-    if chosen != ("gpu" if runtime.device().type == "cuda" else "cpu"):
-        sys.exit(
-            f"scale {chosen} on {runtime.describe_device()}: give --scale gpu where "
-            "there is a CUDA device, else --scale cpu"
-        )
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 would time the interpreter: unset it")
+    chosen = scale_to_time(scale)
     with Worker() as worker:
         rate = worker(matmul_rate, seconds=ARM_SECONDS)
         offers, absent = inquire(worker)
