@@ -147,11 +147,16 @@ TENSORS: Mapping[str, Recipe] = MappingProxyType(
 # The search tries these on seeds from 1000 up, which are not reported. For each arm the
 # one with the highest accuracy on the target's validation is taken.
 TUNING_SEED = 1000
-_TRIED_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _TRIED: Mapping[Weights, tuple[float, ...]] = MappingProxyType(
-    {"all": _TRIED_RATES[:4], "norms": _TRIED_RATES[2:]}
+    {
+        "all": (3e-4, 1e-3, 3e-3, 1e-2),
+        "norms": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "lora": (1e-3, 3e-3, 1e-2, 3e-2),
+    }
 )
-_TRIED_L2 = (0.01, 0.1, 1.0)
+_TRIED_FOR_HEADS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_TRIED_WITH_L2 = (1e-3, 3e-3, 1e-2, 3e-2)
+_TRIED_L2 = (0.01, 0.1, 1.0, 10.0)
 LOWER = 0.1
 """The lower rate, as a share of the one that was chosen for full fine-tuning."""
 
@@ -176,9 +181,9 @@ def candidates(name: str) -> list[tuple[Recipe, float]]:
         return [
             (dataclasses.replace(recipe, l2=l2), rate)
             for l2 in _TRIED_L2
-            for rate in _TRIED_RATES[1:4]
+            for rate in _TRIED_WITH_L2
         ]
-    return [(recipe, rate) for rate in _TRIED.get(recipe.weights, _TRIED_RATES[1:5])]
+    return [(recipe, rate) for rate in _TRIED.get(recipe.weights, _TRIED_FOR_HEADS)]
 
 
 def learning_rate(name: str) -> float:
