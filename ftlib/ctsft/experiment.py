@@ -30,15 +30,19 @@ text. That is tested. What was expected, before any arm was run:
 * With 16 examples all arms lose accuracy, and full fine-tuning the most; with 128 it
   is the best.
 
+* At lower rates all arms keep more. At equal accuracy in the target, the circuit keeps
+  no more of source and related task than random heads, or than all weights at a lower
+  rate.
+
 Trial runs with seeds from 1000 up, whose checkpoints and texts are not those of the
 records, came between these expectations and the records; the languages' sizes, the
 steps and the learning rates were chosen in them.
 
 The experiments: ``transfer`` (all arms, 64 examples), ``shots`` (the main ones with 16,
-32 and 128), ``tensors`` (which tensors of the circuit's heads are trained),
-``discovery`` (scores, real ablation, faithfulness, overlap), and ``learning-rate`` (how
-each arm's was chosen). Early stopping is no arm: of every arm the checkpoint that was
-best on validation is measured too.
+32 and 128), ``rates`` (lower learning rates), ``tensors`` (which tensors of the
+circuit's heads are trained), ``discovery`` (scores, real ablation, faithfulness,
+overlap), and ``learning-rate`` (how each arm's was chosen). Early stopping is no arm:
+of every arm the checkpoint that was best on validation is measured too.
 """
 
 from __future__ import annotations
@@ -89,7 +93,10 @@ from ftlib.ctsft.languages import (
 )
 from ftlib.ctsft.settings import (
     ARMS,
+    FRONTIER_ARMS,
+    LOWER,
     MAIN_ARMS,
+    RATE_SHARES,
     SHOTS,
     TENSORS,
     TRANSFER,
@@ -194,6 +201,19 @@ def conditions(settings: TransferSettings = TRANSFER) -> list[Condition]:
             )
             for shots in SHOTS
             for name in MAIN_ARMS
+        ),
+        *(
+            Condition(
+                "rates",
+                f"{name} × {share:g}",
+                name,
+                ARMS[name],
+                settings,
+                share * learning_rate(name),
+            )
+            for name in FRONTIER_ARMS
+            for share in RATE_SHARES
+            if (name, share) != ("full", LOWER)  # an arm already
         ),
         *(
             Condition("tensors", name, name, recipe, settings, learning_rate(name))

@@ -159,6 +159,11 @@ _TRIED_WITH_L2 = (1e-3, 3e-3, 1e-2, 3e-2)
 _TRIED_L2 = (0.01, 0.1, 1.0, 10.0)
 LOWER = 0.1
 """The lower rate, as a share of the one that was chosen for full fine-tuning."""
+FRONTIER_ARMS = ("full", "circuit", "near zero", "random", "norms", "LoRA")
+"""Those that are compared at lower rates too, since what is chosen by the accuracy in
+the target may forget more than it has to."""
+RATE_SHARES = (0.3, 0.1)
+"""The lower rates, as shares of the chosen ones."""
 
 LEARNING_RATES: Mapping[str, float] = MappingProxyType(
     {
