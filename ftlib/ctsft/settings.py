@@ -96,7 +96,7 @@ class TransferSettings:
 
     base: BaseSettings = BaseSettings()
     discovery: DiscoverySettings = DiscoverySettings()
-    shots: int = 64
+    shots: int = 128
     steps: int = 80
     batch_size: int = 16
     looks: int = 8
@@ -110,6 +110,11 @@ class TransferSettings:
                 " end, so that their number divides that of the steps"
             )
 
+    def easier(self) -> TransferSettings:
+        """Settings with less to learn: the checkpoint has read twice as many texts."""
+        base = dataclasses.replace(self.base, foreign=2 * self.base.foreign)
+        return dataclasses.replace(self, base=base)
+
     def training(self, learning_rate: float, seed: int) -> TrainingSettings:
         """Settings of a tuning."""
         return TrainingSettings.fine_tuning(
@@ -118,13 +123,14 @@ class TransferSettings:
 
 
 TRANSFER = TransferSettings()
-SHOTS = (16, 32, 128)
+SHOTS = (16, 32, 64)
 
 ARMS: Mapping[str, Recipe] = MappingProxyType(
     {
         "full": Recipe("all"),
         "full, lower rate": Recipe("all"),
         "full, L2 to start": Recipe("all", l2=1.0),
+        "blocks": Recipe("blocks"),
         "circuit": Recipe("circuit"),
         "near zero": Recipe("near zero"),
         "random": Recipe("random"),
@@ -132,7 +138,8 @@ ARMS: Mapping[str, Recipe] = MappingProxyType(
         "LoRA": Recipe("lora"),
     }
 )
-"""The ways to tune. Norms are trained in all arms of heads."""
+"""The ways to tune. Norms are trained in all arms of heads; what a word means can be
+changed at its embedding only in the first three."""
 MAIN_ARMS = ("full", "circuit", "random", "norms")
 """Those that are compared with other numbers of examples."""
 TENSORS: Mapping[str, Recipe] = MappingProxyType(
@@ -150,6 +157,7 @@ TUNING_SEED = 1000
 _TRIED: Mapping[Weights, tuple[float, ...]] = MappingProxyType(
     {
         "all": (3e-4, 1e-3, 3e-3, 1e-2),
+        "blocks": (3e-4, 1e-3, 3e-3, 1e-2),
         "norms": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         "lora": (1e-3, 3e-3, 1e-2, 3e-2),
     }
@@ -169,6 +177,7 @@ LEARNING_RATES: Mapping[str, float] = MappingProxyType(
     {
         "full": 3e-3,
         "full, L2 to start": 1e-2,
+        "blocks": 3e-3,
         "circuit": 3e-2,
         "near zero": 3e-2,
         "random": 3e-3,

@@ -7,6 +7,7 @@ of all norms, or of the norms alone (:class:`ftlib.ops.HeadAdamW`); or adapters.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from ftlib.ctsft.batches import LabelledBatch, last_positions
 from ftlib.ctsft.heads import Head, HeadTensor, head_slices, norm_parameters
 from ftlib.ctsft.tasks import Collator, Encoded
 from ftlib.ops.head_adamw import HeadAdamW, Slices, WeightSlice, training_only
-from ftlib.training import TrainingSettings, train
+from ftlib.training import Learner, TrainingSettings, train
 
 Heads = Literal["circuit", "near zero", "random"]
-Weights = Heads | Literal["all", "norms", "lora"]
-"""What is trained: all weights; heads and norms; norms alone; LoRA on q and o."""
+Weights = Heads | Literal["all", "blocks", "norms", "lora"]
+"""What is trained: all weights; all but the embeddings; heads and norms; norms alone;
+LoRA on q and o."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,14 @@ def label_loss(model: Any, batch: tuple[LabelledBatch, Tensor]) -> Tensor:
         batch: inputs and labels, and the token of each label, int64 (C,).
     """
     (inputs, labels), tokens = batch
-    logits = model(**inputs).logits
-    rows = torch.arange(len(logits), device=logits.device)
-    logits = logits[rows, last_positions(inputs["attention_mask"])]
+    positions = last_positions(inputs["attention_mask"])
+    options: dict[str, Any] = {}
+    # A large vocabulary times all positions would be most of the work.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept, positions = positions.unique(return_inverse=True)
+        options["logits_to_keep"] = kept
+    logits = model(**inputs, **options).logits
+    logits = logits[torch.arange(len(logits), device=logits.device), positions]
     return F.cross_entropy(logits.float(), tokens[labels])
 
 
@@ -128,7 +135,7 @@ def tune(
     Returns:
         How many weights were trained.
     """
-    collate, start = Collator(), weights_of(model)
+    collate, start = Collator(), weights_of(model) if recipe.l2 else {}
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         value = label_loss(model, batch)
@@ -140,9 +147,11 @@ def tune(
         step = count(1)
         optimizer.register_step_post_hook(lambda *_: watch(next(step)))
         train(
-            model,
+            # In mixed precision the passes of the model itself stay as they are, so
+            # that what is watched is measured as before the first step.
+            Learner(model, loss),
             examples,
-            loss,
+            lambda learner, batch: learner(batch=batch),
             settings,
             collate=lambda batch: (collate(batch), token_ids),
             optimizer=optimizer,
@@ -163,7 +172,7 @@ def _prepared(
     None has weight decay, which would move weights that no example asks to move.
     """
     rate = settings.learning_rate
-    if recipe.weights not in ("all", "lora"):
+    if recipe.weights not in ("all", "blocks", "lora"):
         slices = slices_of(model, recipe, heads)
         with training_only(model, slices):
             yield HeadAdamW(slices, lr=rate, weight_decay=0.0), size(slices)
@@ -172,6 +181,9 @@ def _prepared(
         budget = size(slices_of(model, recipe, heads))
         get_peft_model(model, lora(model, budget))
     free = [p for p in model.parameters() if p.requires_grad]
+    if recipe.weights == "blocks":
+        words = model.get_input_embeddings().weight
+        free = [p for p in free if p is not words]
     trained = sum(p.numel() for p in free)
     yield AdamW(free, lr=rate, weight_decay=0.0), trained
 

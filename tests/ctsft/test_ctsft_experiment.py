@@ -56,7 +56,9 @@ TOY = TransferSettings(
     test=12,
 )
 NAMED = {"arm", "method", "recipe", "learning_rate", "shots"}
-CONDITIONS = {c.name: c for c in experiment.conditions(TOY)}
+CONDITIONS = {
+    c.name: c for c in experiment.conditions(TOY) if c.experiment == "transfer"
+}
 MODELS = ("all", "circuit", "near zero", "random", "norms", "lora")
 
 pytestmark = pytest.mark.usefixtures("base_cache")
@@ -69,7 +71,10 @@ def test_arms_are_recorded_under_distinct_names():
     names = [str(arm) for arm in experiment.plan("cpu")]
     assert len(names) == len(set(names))
     assert {f"transfer/{name}" for name in ("base", *ARMS)} < set(names)
+    assert {f"easier/{name}" for name in ("base", *ARMS)} < set(names)
     assert {f"tensors/{name}" for name in TENSORS} < set(names)
+    # A tenth of full fine-tuning's rate is an arm of ``transfer`` already.
+    assert len([n for n in names if n.startswith("rates/")]) == 11
     assert {f"shots/{a} {n}" for a in MAIN_ARMS for n in SHOTS} < set(names)
     assert "discovery/circuit" in names
     assert experiment.plan("gpu") == []
@@ -90,13 +95,15 @@ def test_every_arm_but_the_lower_rate_is_searched():
 
 def test_arms_differ_only_in_what_they_name():
     arms = experiment.transfer_arms(TOY)
-    whole = json.loads(json.dumps(dataclasses.asdict(TOY)))
     for arm in arms:
+        its = TOY.easier() if arm.experiment == "easier" else TOY
+        whole = json.loads(json.dumps(dataclasses.asdict(its)))
         for name, value in whole.items():
             assert name in NAMED or arm.settings[name] == value
         assert arm.settings.keys() - whole.keys() <= NAMED
     settings = [json.dumps(arm.settings, sort_keys=True) for arm in arms]
     assert len(set(settings)) == len(settings)
+    assert TOY.easier().base.foreign == 2 * TOY.base.foreign
     assert {arm.settings["shots"] for arm in arms} == {TOY.shots, *SHOTS}
 
 
@@ -200,6 +207,15 @@ def test_what_an_arm_does_not_select_keeps_its_bits(name):
         p.numel() for p in norm_parameters(done.model)
     )
     assert (free_heads > 0) == (recipe.weights != "norms")
+
+
+def test_all_but_the_embeddings():
+    start = weights_of(experiment.base_model(TOY_BASE, 0))
+    done = experiment.tune_checkpoint(CONDITIONS["blocks"], {}, 0)
+    words = done.model.get_input_embeddings().weight
+    assert done.trained == sum(w.numel() for w in start.values()) - words.numel()
+    for name, weight in done.model.named_parameters():
+        assert torch.equal(weight, start[name]) == (weight is words)
 
 
 def test_arms_of_heads_train_as_many_and_lora_takes_the_circuits_budget():
