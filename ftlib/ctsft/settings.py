@@ -129,7 +129,7 @@ ARMS: Mapping[str, Recipe] = MappingProxyType(
     {
         "full": Recipe("all"),
         "full, lower rate": Recipe("all"),
-        "full, L2 to start": Recipe("all", l2=1.0),
+        "full, L2 to start": Recipe("all", l2=0.01),
         "blocks": Recipe("blocks"),
         "circuit": Recipe("circuit"),
         "near zero": Recipe("near zero"),
@@ -176,11 +176,11 @@ RATE_SHARES = (0.3, 0.1)
 LEARNING_RATES: Mapping[str, float] = MappingProxyType(
     {
         "full": 3e-3,
-        "full, L2 to start": 1e-2,
+        "full, L2 to start": 3e-3,
         "blocks": 3e-3,
-        "circuit": 3e-2,
+        "circuit": 1e-2,
         "near zero": 3e-2,
-        "random": 3e-3,
+        "random": 1e-2,
         "norms": 1e-1,
         "LoRA": 1e-2,
     }
