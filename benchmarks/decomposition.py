@@ -4,26 +4,42 @@
 
 Each operation is timed alone, at the sizes of GPT-2 small, and judged by the bytes it
 has to move at the rate of a plain copy on the same device. Then a whole block with the
-published rules (β-softmax, bias split, clean-up of the MLP and of the block). What is
+published rules (β-softmax, bias split, clean-up of the MLP and of the block), and whole
+models of GPT-2's shape with every head as a source, under both sets of rules. What is
 compared are our back ends, in the precision of the device, and two streams in float32,
-as the released code has them: both parts through every module, nothing fused. All are
-checked against two streams in float64 on one source. Each arm leaves a record in
-``book/results/decomposition/<scale>.json``.
+as the released code has them, eager and compiled. All are checked against two streams
+in float64: the operations and the block on one source, models on all. Each arm leaves
+a record in ``book/results/decomposition/<scale>.json``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import two_streams as two
 import typer
-from measuring import Times, copy_rate, matmul_rate, scale_to_time, time_of
+from measuring import (
+    ArmError,
+    Times,
+    Worker,
+    copy_rate,
+    free_memory,
+    matmul_rate,
+    scale_to_time,
+    time_of,
+)
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+from two_streams import EPS, HEAD, STACKED, Streams
 
 from ftlib import runtime
+from ftlib.ctsft.decomposition import OURS, PUBLISHED, propagate, trace
+from ftlib.ctsft.heads import Head
 from ftlib.ops.decomposition import (
     Backend,
     decomposed_activation,
@@ -34,9 +50,26 @@ from ftlib.ops.decomposition import (
 )
 from ftlib.results import Metric, Record, append, markdown_table
 
-EPS, HEAD = 1e-5, 64
-TWO_STREAMS = "two streams"
-TASKS = ("norm", "activation", "gate", "epilogue", "block")
+MODULES = ("norm", "activation", "gate", "epilogue", "block")
+MODELS = {"model, published rules": PUBLISHED, "model, our rules": OURS}
+
+TWO_STREAMS, CACHED, COMPILED = "two streams", ", cached", ", compiled"
+
+# A larger relative error than this is a bug and no rounding. Bias split and clean-up,
+# layer upon layer, make much of bf16's.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+# Room for all sources of a model at a time.
+MEMORY = 2**32
+
+# What an arm that is compiled may take in all, in a process of its own.
+COMPILED_SECONDS = {"gpu": 180.0, "cpu": 120.0}
+
+GOALS = {
+    "cpu": dict.fromkeys(MODELS, "≥ 4 × two streams"),
+    "gpu": dict.fromkeys(MODULES[:4], "≥ 3,200 GB/s")
+    | dict.fromkeys(MODELS, "≤ 46 ms, ≥ 15 × two streams, ≥ 4 × compiled"),
+}
 
 
 class Size(NamedTuple):
@@ -50,11 +83,29 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return "{}×{}×{}, D={}".format(*self)
 
+    @property
+    def rows(self) -> int:
+        """Tokens of a source."""
+        return self.prompts * self.length
 
-SIZES = {"gpu": Size(144, 64, 16, 768), "cpu": Size(8, 4, 16, 768)}
+    @property
+    def heads(self) -> list[Head]:
+        """The heads of a model that has as many as there are sources."""
+        in_layer = self.width // HEAD
+        return [Head(*divmod(i, in_layer)) for i in range(self.sources)]
 
-Streams = tuple[Tensor, Tensor]
-Layer = tuple[Tensor, Tensor]
+    @property
+    def layers(self) -> int:
+        """The layers of that model."""
+        return self.heads[-1].layer + 1
+
+
+GPT2_SMALL = Size(144, 64, 16, 768)
+SIZES = {"gpu": GPT2_SMALL, "cpu": Size(8, 4, 16, 768)}
+MODEL_SIZES = {
+    "gpu": [GPT2_SMALL],
+    "cpu": [Size(36, 2, 12, 384), Size(144, 1, 8, 768)],
+}
 
 
 class Problem(NamedTuple):
@@ -75,11 +126,17 @@ class Problem(NamedTuple):
     wide: Tensor
     wide_total: Tensor
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[two.Layer]:
         """Return the four linear layers, each with its bias."""
         weights = [self.qkv, self.out, self.up, self.down]
         biases = self.biases.split([len(weight) for weight in weights])
         return list(zip(weights, biases, strict=True))
+
+    def block(self) -> two.Block:
+        """Return the weights as the two streams take them."""
+        norms = [(weight, bias) for weight, bias in self.norms]
+        qkv, out, up, down = self.layers()
+        return two.Block(norms[0], qkv, out, norms[1], up, down)
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the same in another dtype."""
@@ -116,9 +173,7 @@ def make_problem(size: Size) -> Problem:
 
 def attend(qkv: Tensor) -> Tensor:
     """Causal attention of (..., T, 3D)."""
-    q, k, v = qkv.unflatten(-1, (3, -1, HEAD)).movedim(-3, 0).transpose(-2, -3)
-    z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return z.transpose(-2, -3).flatten(-2)
+    return two.attend(*qkv.chunk(3, -1))
 
 
 # --- one stream ----------------------------------------------------------------------
@@ -133,7 +188,7 @@ def one_stream(backend: Backend, p: Problem) -> Tensor:
         beta = decomposed_norm(beta, t, weight, bias, eps=EPS, backend=backend)
         return beta, plain
 
-    def through(layer: Layer, beta: Tensor, t: Tensor, clean_up: bool) -> Streams:
+    def through(layer: two.Layer, beta: Tensor, t: Tensor, clean_up: bool) -> Streams:
         weight, bias = layer
         t = F.linear(t, weight, bias)
         beta = decomposed_linear(
@@ -154,71 +209,55 @@ def one_stream(backend: Backend, p: Problem) -> Tensor:
     )
 
 
-# --- two streams, as the published rules read ----------------------------------------
-
-
-def split_bias(beta: Tensor, gamma: Tensor, bias: Tensor) -> Streams:
-    whole = beta.abs() + gamma.abs()
-    share = torch.where(whole == 0, 0, beta.abs() / whole)
-    return bias * share, bias * (1 - share)
-
-
-def two_norm(beta: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Streams:
-    scale = ((beta + gamma).var(-1, unbiased=False, keepdim=True) + EPS).rsqrt()
-    shares = split_bias(beta, gamma, bias)
-    return (
-        (beta - beta.mean(-1, keepdim=True)) * scale * weight + shares[0],
-        (gamma - gamma.mean(-1, keepdim=True)) * scale * weight + shares[1],
-    )
-
-
-def two_linear(beta: Tensor, gamma: Tensor, layer: Layer) -> Streams:
-    weight, bias = layer
-    beta, gamma = beta @ weight.T, gamma @ weight.T
-    shares = split_bias(beta, gamma, bias)
-    return beta + shares[0], gamma + shares[1]
-
-
-def two_clean(beta: Tensor, gamma: Tensor) -> Streams:
-    total, opposite = beta + gamma, beta * gamma < 0
-    larger = beta.abs() >= gamma.abs()
-    kept = torch.where(opposite, torch.where(larger, total, 0), beta)
-    return kept, torch.where(opposite, torch.where(larger, 0, total), gamma)
-
-
-def two_activation(beta: Tensor, gamma: Tensor) -> Streams:
-    rest = F.gelu(gamma, approximate="tanh")
-    return F.gelu(beta + gamma, approximate="tanh") - rest, rest
-
-
-def two_gate(
-    beta_g: Tensor, gamma_g: Tensor, beta_u: Tensor, gamma_u: Tensor
-) -> Tensor:
-    rest = F.silu(gamma_g) * gamma_u
-    return F.silu(beta_g + gamma_g) * (beta_u + gamma_u) - rest
-
-
-def two_streams(p: Problem, beta: Tensor, gamma: Tensor) -> Tensor:
-    """Return the relevant part behind a block, with the irrelevant one beside it."""
-    qkv, out, up, down = p.layers()
-    parts = two_linear(*two_norm(beta, gamma, *p.norms[0]), qkv)
-    z = attend(parts[0])
-    parts = two_linear(z, attend(parts[0] + parts[1]) - z, out)
-    beta, gamma = beta + parts[0], gamma + parts[1]
-    parts = two_linear(*two_norm(beta, gamma, *p.norms[1]), up)
-    parts = two_linear(*two_activation(*two_clean(*parts)), down)
-    parts = two_clean(*parts)
-    return two_clean(beta + parts[0], gamma + parts[1])[0]
-
-
-# --- arms ----------------------------------------------------------------------------
+# --- what is timed --------------------------------------------------------------------
 
 Task = Callable[[], Tensor]
 
 
+class Arm(NamedTuple):
+    """A way to the relevant part.
+
+    Attributes:
+        name: in records.
+        dtype: of what it is given.
+        backend: of our operations; None for two streams.
+        is_cached: whether two streams begin where their first source does.
+        is_compiled: by ``torch.compile``.
+    """
+
+    name: str
+    dtype: torch.dtype
+    backend: Backend | None = None
+    is_cached: bool = False
+    is_compiled: bool = False
+
+
+def arms_of(task: str, size: Size) -> list[Arm]:
+    """Return the arms of a task."""
+    is_model, on_gpu = task in MODELS, runtime.device().type == "cuda"
+    arms = [Arm(TWO_STREAMS, torch.float32)]
+    if is_model and size.sources > STACKED:
+        arms.append(Arm(TWO_STREAMS + CACHED, torch.float32, is_cached=True))
+    # Each number of stacked sources is compiled anew: too long on a CPU.
+    if on_gpu or not is_model or size.sources <= STACKED:
+        arms += [
+            arm._replace(name=arm.name + COMPILED, is_compiled=True) for arm in arms
+        ]
+    native = runtime.precision().dtype
+    has_kernels = runtime.triton_supported()
+    # The model's decomposition takes the best back end and cannot be told another.
+    if not (is_model and has_kernels):
+        arms.append(Arm("ours (torch)", native, "torch"))
+    if has_kernels:
+        arms.append(Arm("ours (triton)", native, "triton"))
+    if is_model and native != torch.float32:
+        arms.append(arms[-1]._replace(name="ours, float32", dtype=torch.float32))
+    return arms
+
+
 def one_stream_tasks(p: Problem, backend: Backend) -> dict[str, Task]:
     """Return what is timed of ours; the epilogue overwrites ``p.wide``."""
-    up, norm, (_, bias) = p.wide.flip(0), p.norms[0], p.layers()[2]
+    up, norm, (_, bias) = p.wide.flip(-1), p.norms[0], p.layers()[2]
     wide, t = p.wide, p.wide_total
     return {
         "norm": lambda: decomposed_norm(
@@ -239,75 +278,202 @@ def two_stream_tasks(p: Problem) -> dict[str, Task]:
     """Return the same with both streams, which are there before the clock starts."""
     beta, gamma = p.relevant, p.total - p.relevant
     wide, rest = p.wide, p.wide_total - p.wide
-    up = p.wide.flip(0)
+    up = p.wide.flip(-1)
     up_rest = p.wide_total - up
-    _, bias = p.layers()[2]
+    weights = p.block()
+    _, bias = weights.up
     before = rest - bias
 
     def epilogue() -> Tensor:
-        shares = split_bias(wide, before, bias)
-        return two_clean(wide + shares[0], before + shares[1])[0]
+        shares = two.bias_shares(wide, before, bias, PUBLISHED)
+        return two.clean(wide + shares[0], before + shares[1], PUBLISHED)[0]
 
     return {
-        "norm": lambda: two_norm(beta, gamma, *p.norms[0])[0],
-        "activation": lambda: two_activation(wide, rest)[0],
-        "gate": lambda: two_gate(wide, rest, up, up_rest),
+        "norm": lambda: two.norm(beta, gamma, weights.first_norm, PUBLISHED)[0],
+        "activation": lambda: two.activation(wide, rest)[0],
+        "gate": lambda: two.gate(wide, rest, up, up_rest),
         "epilogue": epilogue,
-        "block": lambda: two_streams(p, beta, gamma),
+        "block": lambda: two.block(weights, beta, gamma, PUBLISHED)[0],
     }
 
 
-def moved_bytes(task: str, p: Problem) -> int | None:
-    """Return the bytes that a task reads and writes at least; None for a block."""
-    relevant, total = (
-        (p.relevant, p.total) if task == "norm" else (p.wide, p.wide_total)
+class ModelProblem(NamedTuple):
+    """A GPT-2 and what its heads are scored on; see :func:`two.propagate`."""
+
+    model: GPT2LMHeadModel
+    ids: Tensor
+    means: Tensor
+    tokens: Tensor
+
+
+def make_model(size: Size, dtype: torch.dtype) -> ModelProblem:
+    """Draw a model whose every weight matters, biases too.
+
+    Its vocabulary is small: no arm forms the logits of more than three tokens.
+    """
+    shape = {
+        "n_layer": size.layers,
+        "n_embd": size.width,
+        "n_head": size.width // HEAD,
+        "n_positions": size.length,
+        "vocab_size": 1000,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    for parameter in model.parameters():
+        spread = 0.1 if parameter.ndim == 1 else len(parameter) ** -0.5
+        centre = 1.0 if bool((parameter == 1).all()) else 0.0
+        parameter.data = centre + spread * torch.randn_like(parameter)
+    for embedding in (model.transformer.wte, model.transformer.wpe):
+        embedding.weight.data = torch.randn_like(embedding.weight)
+    device = runtime.device()
+    return ModelProblem(
+        model.to(device=device, dtype=dtype),
+        torch.randint(1000, (size.prompts, size.length)).to(device),
+        0.1 * torch.randn(size.layers, size.width // HEAD, HEAD).to(device, dtype),
+        torch.tensor([5, 7, 9], device=device),
     )
-    passes = {"norm": 2, "activation": 2, "gate": 3, "epilogue": 2}.get(task)
-    if passes is None:
-        return None
-    return passes * relevant.nbytes + (passes - 1) * total.nbytes
+
+
+def one_stream_model(size: Size, task: str, dtype: torch.dtype) -> Task:
+    """Return our decomposition of a model, with the plain pass that it rests on."""
+    p, heads = make_model(size, dtype), size.heads
+
+    def run() -> Tensor:
+        traced = trace(p.model, {"input_ids": p.ids})
+        return propagate(
+            traced, heads, p.means, p.tokens, rules=MODELS[task], memory=MEMORY
+        ).relevant
+
+    return run
+
+
+def two_stream_model(size: Size, task: str, arm: Arm) -> Task:
+    """Return the same with two streams."""
+    p, heads = make_model(size, arm.dtype), size.heads
+    parts = two.compiled_parts() if arm.is_compiled else two.Parts()
+
+    def run() -> Tensor:
+        streams = two.propagate(
+            *p[:2], heads, *p[2:], MODELS[task], is_cached=arm.is_cached, parts=parts
+        )
+        return streams[0]
+
+    return run
+
+
+def call_of(size: Size, arm: Arm, task: str) -> Task:
+    """Return what an arm does at a task, to be called often."""
+    if task in MODELS:
+        if arm.backend:
+            return one_stream_model(size, task, arm.dtype)
+        return two_stream_model(size, task, arm)
+    p = make_problem(size).to(arm.dtype)
+    if arm.backend:
+        return one_stream_tasks(p, arm.backend)[task]
+    call = two_stream_tasks(p)[task]
+    return torch.compile(call, dynamic=False) if arm.is_compiled else call
+
+
+@functools.lru_cache(maxsize=1)
+def expected_of(size: Size, task: str) -> Tensor:
+    """Return what two streams in float64 give: for all sources of a model, or one."""
+    if task in MODELS:
+        return two_stream_model(size, task, Arm(TWO_STREAMS, torch.float64))()
+    return two_stream_tasks(make_problem(size).first().to(torch.float64))[task]()
+
+
+# --- measuring -----------------------------------------------------------------------
 
 
 class Measurement(NamedTuple):
-    """What an arm did; ``error`` is relative to the norm of the reference."""
+    """What an arm did.
+
+    Attributes:
+        times: of the whole task.
+        error: relative to the norm of the reference.
+        rank_correlation: of the heads' scores with the reference's, of a model.
+        floor: milliseconds.
+        bytes: that one operation moves.
+        peak_bytes: of memory; see :class:`ftlib.results.Record`.
+    """
 
     times: Times
     error: float
+    rank_correlation: float | None
     floor: float
     bytes: int | None
+    peak_bytes: int
 
 
-def measure(size: Size, arm: str, task: str, rates: tuple[float, float]) -> Measurement:
+@torch.no_grad()
+def measure(size: Size, arm: Arm, task: str, rates: tuple[float, float]) -> Measurement:
     """Check and time one arm at one task.
 
     Args:
         size: of the problem.
-        arm: ``two streams``, or one of our back ends.
-        task: a key of :func:`one_stream_tasks`.
+        arm: of :func:`arms_of`.
+        task: one of ``MODULES`` or ``MODELS``.
         rates: bytes per second of a copy, operations per second of a matmul.
     """
-    dtype = torch.float32 if arm == TWO_STREAMS else runtime.precision().dtype
-    p = make_problem(size).to(dtype)
+    free_memory()
+    expected = expected_of(size, task)
+    runtime.reset_peak_memory()
+    call = call_of(size, arm, task)
+    found = call()[: len(expected)].double()
+    error = float((found - expected).norm() / expected.norm())
+    ranks = rank_correlation(found, expected) if task in MODELS else None
+    moved = moved_bytes(task, size)
+    floor = floor_milliseconds(task, size, rates)
+    times = time_of(call)
+    return Measurement(times, error, ranks, floor, moved, runtime.peak_memory())
 
-    def tasks(p: Problem) -> dict[str, Task]:
-        if arm == TWO_STREAMS:
-            return two_stream_tasks(p)
-        return one_stream_tasks(p, "triton" if arm == "ours (triton)" else "torch")
 
-    expected = two_stream_tasks(p.first().to(torch.float64))[task]()
-    difference = tasks(p.first())[task]().double() - expected
-    error = float(difference.norm() / expected.norm())
-    times = time_of(tasks(p)[task])
-    moved = moved_bytes(task, p.to(runtime.precision().dtype))
-    rows = math.prod(size[:-1])
-    floor = 24 * rows * size.width**2 / rates[1] if moved is None else moved / rates[0]
-    return Measurement(times, error, 1000 * floor, moved)
+def rank_correlation(found: Tensor, expected: Tensor) -> float:
+    """Return Spearman's correlation of the sources' scores, of (S, B, tokens).
+
+    A score is what a head adds to the first logit, beyond the others, on average.
+    """
+    scores = [x[..., 0] - x[..., 1:].mean(-1) for x in (found, expected)]
+    ranks = [x.mean(-1).argsort().argsort().double() for x in scores]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def moved_bytes(task: str, size: Size) -> int | None:
+    """Return the bytes that an operation reads and writes at least, or None."""
+    passes = {"norm": 2, "activation": 2, "gate": 3, "epilogue": 2}.get(task)
+    if passes is None:
+        return None
+    features = size.width if task == "norm" else 4 * size.width
+    streams = passes * size.sources + passes - 1
+    return streams * size.rows * features * runtime.precision().dtype.itemsize
+
+
+def floor_milliseconds(task: str, size: Size, rates: tuple[float, float]) -> float:
+    """Return the time of the bytes of an operation, or else of the matmuls.
+
+    A source of a model passes half of its first layer, where it begins behind the
+    attention, and half of the last, which ends where the logits are read: with as many
+    in each layer, (layers − 1) / 2 layers on average. To a model's matmuls the bytes of
+    fused operations between them are added, (15 D + 2 · 4 D) numbers in a row.
+    """
+    copied, multiplied = rates
+    if (moved := moved_bytes(task, size)) is not None:
+        return 1000 * moved / copied
+    rows, D = size.sources * size.rows, size.width
+    matmuls = 24 * rows * D**2 / multiplied
+    if task not in MODELS:
+        return 1000 * matmuls
+    between = 23 * rows * D * runtime.precision().dtype.itemsize / copied
+    return 1000 * (size.layers - 1) / 2 * (matmuls + between)
 
 
 # --- records and tables --------------------------------------------------------------
 
 
-def record_of(size: Size, arm: str, task: str, found: Measurement) -> Record:
+def record_of(size: Size, arm: Arm, task: str, found: Measurement) -> Record:
     """Return the record of an arm."""
     median, low, high, repeats = found.times
     metrics = {
@@ -319,21 +485,24 @@ def record_of(size: Size, arm: str, task: str, found: Measurement) -> Record:
     }
     if found.bytes is not None:
         metrics["gigabytes_per_second"] = Metric(found.bytes / median / 1e6, repeats)
-    dtype = torch.float32 if arm == TWO_STREAMS else runtime.precision().dtype
+    if found.rank_correlation is not None:
+        metrics["rank_correlation"] = Metric(found.rank_correlation, size.sources)
     return Record(
         method="decomposition",
         experiment=f"{task}, {size}",
-        arm=arm,
+        arm=arm.name,
         seed=0,
         scale="gpu" if runtime.device().type == "cuda" else "cpu",
         settings={
             **size._asdict(),
-            "dtype": str(dtype).removeprefix("torch."),
+            "task": task,
+            "dtype": str(arm.dtype).removeprefix("torch."),
+            "float32_matmuls": torch.get_float32_matmul_precision(),
             "threads": torch.get_num_threads(),
         },
         metrics=metrics,
         seconds=repeats * median / 1000,
-        peak_memory_bytes=runtime.peak_memory(),
+        peak_memory_bytes=found.peak_bytes,
         device=runtime.describe_device(),
         versions=runtime.versions(),
         data={},
@@ -341,52 +510,95 @@ def record_of(size: Size, arm: str, task: str, found: Measurement) -> Record:
     )
 
 
-HEADING = "task|arm|ms [20 %, 80 %]|× floor|GB/s|× two streams|error"
+HEADING = (
+    "task|arm|ms [20 %, 80 %]|× floor|GB/s|× two streams|× cached|× compiled|error|"
+    "ranks|goal"
+)
 
 
 def table(records: Iterable[Record]) -> str:
-    """Return all arms as a Markdown table."""
-    records = list(records)
-    reference = {
-        record.experiment: record.metrics["milliseconds"].value
-        for record in records
-        if record.arm == TWO_STREAMS
-    }
-    rows = []
+    """Return all arms as a Markdown table; "× compiled" is of the fastest such arm."""
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        value = {name: metric.value for name, metric in record.metrics.items()}
-        speed = reference[record.experiment] / value["milliseconds"]
-        rows.append(
-            [
-                record.experiment,
-                record.arm,
-                "{milliseconds:#.4g} [{low:#.4g}, {high:#.4g}]".format(**value),
-                f"{1 / value['floor_fraction']:.2f}",
-                f"{value.get('gigabytes_per_second', math.nan):,.0f}",
-                f"{speed:.2f}",
-                f"{value['error']:.1g}",
-            ]
-        )
+        groups.setdefault(record.experiment, []).append(record)
+    rows = (row for group in groups.values() for row in _rows(group))
     return markdown_table([HEADING.split("|"), *rows])
+
+
+def _rows(group: list[Record]) -> Iterator[list[str]]:
+    times = {record.arm: record.metrics["milliseconds"].value for record in group}
+    compiled = (time for arm, time in times.items() if arm.endswith(COMPILED))
+    references = (
+        times[TWO_STREAMS],
+        times.get(TWO_STREAMS + CACHED),
+        min(compiled, default=None),
+    )
+    for record in group:
+        value = {name: metric.value for name, metric in record.metrics.items()}
+        rate, ranks = (
+            value.get(name) for name in ("gigabytes_per_second", "rank_correlation")
+        )
+        goal = ""
+        if record.arm == "ours (triton)" or record.scale == "cpu":
+            goal = GOALS[record.scale].get(record.settings["task"], "")
+        yield [
+            record.experiment,
+            record.arm,
+            "{milliseconds:#.4g} [{low:#.4g}, {high:#.4g}]".format(**value),
+            f"{1 / value['floor_fraction']:.2f}",
+            "" if rate is None else f"{rate:,.0f}",
+            *(f"{time / times[record.arm]:.2f}" if time else "" for time in references),
+            f"{value['error']:.1g}",
+            "" if ranks is None else f"{ranks:.6f}",
+            goal if record.arm.startswith("ours") else "",
+        ]
+
+
+def differing(records: Iterable[Record]) -> list[str]:
+    """Name the arms whose error rounding does not explain."""
+    return [
+        f"{record.experiment}, {record.arm}: relative error {error:.1g}"
+        for record in records
+        if not (error := record.metrics["error"].value)
+        <= TOLERANCES[getattr(torch, record.settings["dtype"])]
+    ]
+
+
+# --- the run -------------------------------------------------------------------------
+
+
+def run_arms(scale: str, rates: tuple[float, float]) -> Iterator[Record]:
+    """Measure and record every arm; say which were skipped, and why."""
+    plan = [(task, SIZES[scale]) for task in MODULES]
+    plan += [(task, size) for task in MODELS for size in MODEL_SIZES[scale]]
+    with Worker() as worker:
+        for task, size in plan:
+            for arm in arms_of(task, size):
+                run = functools.partial(measure, size, arm, task, rates)
+                try:
+                    if arm.is_compiled:
+                        free_memory()
+                        found = worker(run, seconds=COMPILED_SECONDS[scale])
+                    else:
+                        found = run()
+                except ArmError as error:
+                    print(f"skipped: {task}, {size}, {arm.name}: {error}")
+                    continue
+                record = record_of(size, arm, task, found)
+                append([record])
+                yield record
 
 
 def main(scale: str | None = None) -> None:
     """Measure every task and arm, record them, and print a table."""
     chosen = scale_to_time(scale)
     print(runtime.report())
-    size, rates = SIZES[chosen], (copy_rate(), matmul_rate())
+    rates = copy_rate(), matmul_rate()
     print(f"copy: {rates[0] / 1e9:.3g} GB/s, matmul: {rates[1] / 1e12:.3g} TFLOP/s")
-    arms = [TWO_STREAMS, "ours (torch)"]
-    if runtime.triton_supported():
-        arms.append("ours (triton)")
-    records = []
-    with torch.no_grad():
-        for task in TASKS:
-            for arm in arms:
-                found = measure(size, arm, task, rates)
-                records.append(record_of(size, arm, task, found))
-                append([records[-1]])
+    records = list(run_arms(chosen, rates))
     print(f"\n{table(records)}")
+    if wrong := differing(records):
+        sys.exit("\n".join(["arms that differ from the reference:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import statistics
@@ -76,6 +77,13 @@ def _times_on_cpu(call: Callable[[], object]) -> list[float]:
         call()
         times.append(1000 * (time.perf_counter() - start))
     return times
+
+
+def free_memory() -> None:
+    """Give back what is not used any more, to other processes on a GPU too."""
+    gc.collect()
+    if runtime.device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def memory_of(call: Callable[[], object]) -> Memory:
