@@ -11,6 +11,9 @@ family                             what is special
 GPT-2                              one matrix, transposed, projects q, k and v
 Llama, Mistral, Qwen2, Qwen3       RMSNorm, gated MLP, RoPE, shared k and v; Qwen3 norms
                                    q and k
+Gemma 3, text                      also norms what attention and MLP give, before the
+                                   sums; norms store their scale minus 1; the window and
+                                   the RoPE of a layer depend on its type
 BERT                               the norms come after the sums (post-norm)
 T5's encoder                       RMSNorm, unscaled scores, relative position bias
 =================================  ====================================================
@@ -19,17 +22,19 @@ T5's encoder                       RMSNorm, unscaled scores, relative position b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ftlib.ops.decomposition import Activation
 
 SUPPORTED = (
-    "GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT, and T5's encoder (T5EncoderModel,"
-    " T5ForTokenClassification, or get_encoder() of an encoder-decoder)"
+    "GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 3's text models, BERT, and T5's encoder"
+    " (T5EncoderModel, T5ForTokenClassification, or get_encoder() of an"
+    " encoder-decoder)"
 )
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -85,16 +90,22 @@ class Norm:
         kind: ``layer`` subtracts the mean and divides by the standard deviation;
             ``rms`` divides by the root of the mean square.
         eps: what is added to the variance or the mean square.
+        stores_minus_one: whether the module's ``weight`` is the scale minus 1.
     """
 
     module: Any
     kind: Literal["layer", "rms"]
     eps: float
+    stores_minus_one: bool = False
 
     @property
     def weight(self) -> Tensor:
-        """The scale, (features,)."""
-        return self.module.weight
+        """The scale, (features,); a new tensor if the module stores it minus 1."""
+        weight = self.module.weight
+        if not self.stores_minus_one:
+            return weight
+        # Next to 1, bf16 would round most of a small weight away.
+        return 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     @property
     def bias(self) -> Tensor | None:
@@ -122,6 +133,7 @@ class Attention:
             returns.
         q_norm: norm over each head's query.
         k_norm: norm over each head's key.
+        output_norm: norm over what o gives, before it is added to the stream.
     """
 
     module: nn.Module
@@ -137,16 +149,21 @@ class Attention:
     position_bias: int | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    output_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
 class MLP:
-    """``down(activation(up(x)))``, or ``down(activation(gate(x)) · up(x))``."""
+    """``down(activation(up(x)))``, or ``down(activation(gate(x)) · up(x))``.
+
+    An ``output_norm`` is over what that gives, before it is added to the stream.
+    """
 
     up: Projection
     down: Projection
     activation: Activation
     gate: Projection | None = None
+    output_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +224,7 @@ class Architecture:
         for block in self.blocks:
             attention = block.attention
             parts += [block.attention_norm, attention.q_norm, attention.k_norm]
-            parts.append(block.mlp_norm)
+            parts += [attention.output_norm, block.mlp_norm, block.mlp.output_norm]
         return tuple(part for part in parts if isinstance(part, Norm))
 
 
@@ -315,9 +332,19 @@ def _llama(model: Any, base: Any) -> Architecture:
 
 
 def _llama_block(block: Any, config: Any) -> Block:
-    attention, mlp = block.self_attn, block.mlp
+    return Block(
+        _llama_attention(block.self_attn, config, _rms_norm),
+        _rms_norm(block.input_layernorm),
+        _llama_mlp(block.mlp, config.hidden_act),
+        _rms_norm(block.post_attention_layernorm),
+    )
+
+
+def _llama_attention(
+    attention: Any, config: Any, as_norm: Callable[[Any], Norm]
+) -> Attention:
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    attention = Attention(
+    return Attention(
         attention,
         1,
         _projection(attention.q_proj),
@@ -329,19 +356,38 @@ def _llama_block(block: Any, config: Any) -> Block:
         attention.head_dim,
         attention.scaling,
         None,
-        *(None if norm is None else _rms_norm(norm) for norm in norms),
+        *(None if norm is None else as_norm(norm) for norm in norms),
     )
-    mlp = MLP(
+
+
+def _llama_mlp(mlp: Any, activation: str) -> MLP:
+    return MLP(
         _projection(mlp.up_proj),
         _projection(mlp.down_proj),
-        _activation(config.hidden_act),
+        _activation(activation),
         _projection(mlp.gate_proj),
     )
+
+
+def _gemma3(model: Any, base: Any) -> Architecture:
+    config = base.config
+    if config.attn_logit_softcapping or config.final_logit_softcapping:
+        raise _refuse("Gemma 3 with softcapping")
+    blocks = tuple(_gemma3_block(block, config) for block in base.layers)
+    head = _linear_head(model, base)
+    return Architecture(base, blocks, False, _gemma3_norm(base.norm), head)
+
+
+def _gemma3_block(block: Any, config: Any) -> Block:
+    attention = _llama_attention(block.self_attn, config, _gemma3_norm)
+    mlp = _llama_mlp(block.mlp, config.hidden_activation)
+    behind_attention = _gemma3_norm(block.post_attention_layernorm)
+    behind_mlp = _gemma3_norm(block.post_feedforward_layernorm)
     return Block(
-        attention,
-        _rms_norm(block.input_layernorm),
-        mlp,
-        _rms_norm(block.post_attention_layernorm),
+        replace(attention, output_norm=behind_attention),
+        _gemma3_norm(block.input_layernorm),
+        replace(mlp, output_norm=behind_mlp),
+        _gemma3_norm(block.pre_feedforward_layernorm),
     )
 
 
@@ -437,6 +483,7 @@ _FAMILIES: dict[str, Callable[[Any, Any], Architecture]] = {
     "MistralModel": _llama,
     "Qwen2Model": _llama,
     "Qwen3Model": _llama,
+    "Gemma3TextModel": _gemma3,
     "BertModel": _bert,
     "T5EncoderModel": _t5,
     "T5Stack": _t5,
@@ -473,6 +520,10 @@ def _layer_norm(module: Any) -> Norm:
 
 def _rms_norm(module: Any) -> Norm:
     return Norm(module, "rms", module.variance_epsilon)
+
+
+def _gemma3_norm(module: Any) -> Norm:
+    return Norm(module, "rms", module.eps, stores_minus_one=True)
 
 
 def _activation(name: Any) -> Activation:

@@ -85,8 +85,8 @@ class Rules:
         mlp: of activations, in the head too. ``irrelevant_alone``: β' = f(t) − f(γ),
             as published; and for a gated MLP f(g)u − f(γ_g)γ_u, our reconstruction.
             ``average``: β' = ½ (f(t) − f(γ) + f(β) − f(0)), the mean over both orders
-            of adding β and γ, as in older contextual decompositions (Singh et al.,
-            arXiv 1806.05337).
+            of adding β and γ, as in the first contextual decomposition (Murdoch et al.,
+            arXiv 1801.05453).
     """
 
     attention: AttentionRule = "frozen"
@@ -119,11 +119,11 @@ class Site(NamedTuple):
 
     Attributes:
         layer: of the block.
-        part: ``attention_norm``, ``q``, ``k``, ``v``, ``z``, ``attention``, ``middle``
-            (the stream behind the attention; behind its norm under post-norm),
-            ``mlp_norm``, ``up``, ``gate``, ``mlp`` or ``output`` (the stream that
-            enters the next layer). ``q`` and ``k`` are there under ``beta_softmax``,
-            before norm and rotation.
+        part: ``attention_norm``, ``q``, ``k``, ``v``, ``z``, ``attention``,
+            ``attention_output_norm``, ``middle`` (the stream behind the attention;
+            behind its norm under post-norm), ``mlp_norm``, ``up``, ``gate``, ``mlp``,
+            ``mlp_output_norm`` or ``output`` (the stream that enters the next layer).
+            ``q`` and ``k`` are there under ``beta_softmax``, before norm and rotation.
         sources: to whom the first dimension belongs.
     """
 
@@ -429,7 +429,8 @@ class _Propagation:
                     return z.new_empty(len(z), len(self.traced.mask), 0)
                 self.is_reading = True
                 z, stream = self.at_positions(z, 1), self.at_positions(stream, 1)
-            update = self.linear(layer, "attention", block.attention.o, z)
+            a = block.attention
+            update = self.update(layer, "attention", a.o, a.output_norm, z)
             stream, update = self.behind_attention(layer, stream, update)
         assert stream is not None
         return self.head(stream, update, token_ids)
@@ -554,6 +555,22 @@ class _Propagation:
         self.show(layer, part, found)
         return found
 
+    def update(
+        self,
+        layer: int,
+        part: str,
+        projection: Projection,
+        norm: Norm | None,
+        relevant: Tensor,
+        clean_up: bool = False,
+    ) -> Tensor:
+        """Return β of what is added to the stream: a projection, perhaps normed."""
+        found = self.linear(layer, part, projection, relevant, clean_up)
+        if norm is not None:
+            found = self.norm_of(norm, found, self.total(self.output(projection)))
+            self.show(layer, f"{part}_output_norm", found)
+        return found
+
     def attention(self, layer: int, relevant: Tensor) -> Tensor:
         """Return β of what the heads gather, (S, B, T, heads · head_dim)."""
         attention = self.parts.blocks[layer].attention
@@ -585,7 +602,7 @@ class _Propagation:
         return found if rotary is None else _rotate(found, *rotary)
 
     def mlp(self, layer: int, mlp: MLP, relevant: Tensor) -> Tensor:
-        """Return β behind an MLP."""
+        """Return β of what an MLP adds to the stream."""
         clean_up = self.rules.clean_up
         up = self.linear(layer, "up", mlp.up, relevant, clean_up)
         up_total = self.total(self.output(mlp.up))
@@ -602,7 +619,7 @@ class _Propagation:
                 (gate, up),
                 (self.total(self.output(mlp.gate)), up_total),
             )
-        return self.linear(layer, "mlp", mlp.down, inner, clean_up)
+        return self.update(layer, "mlp", mlp.down, mlp.output_norm, inner, clean_up)
 
     def either_order(
         self,

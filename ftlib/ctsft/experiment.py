@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -396,12 +396,31 @@ def evidence(
     base: BaseSettings, drawn: DiscoverySettings, language: Language, seed: int
 ) -> Evidence:
     """Draw what a seed's circuit is found and judged by, in a language."""
+    ask = partial(languages.sentiment, language=language)
+    return _balanced_evidence(ask, LABELS, 6, base, drawn, seed)
+
+
+def related_evidence(
+    base: BaseSettings, drawn: DiscoverySettings, seed: int
+) -> Evidence:
+    """Draw the same for the other question, in the proxy."""
+    return _balanced_evidence(languages.topics, THINGS, 60, base, drawn, seed)
+
+
+def _balanced_evidence(
+    ask: Callable[[list[Story]], list[tasks.Item]],
+    words: Sequence[str],
+    stories_per_example: int,
+    base: BaseSettings,
+    drawn: DiscoverySettings,
+    seed: int,
+) -> Evidence:
+    """Ask about so many stories that no label is short of examples."""
 
     def balanced(split: Split, per_label: int) -> Questions:
-        # So many that no label is short of examples.
-        pool = _stories(6 * per_label, split, seed, base, "discovery")
-        items = languages.sentiment(pool, language)
-        return _questions(tasks.balanced(items, LABELS, per_label, seed), LABELS)
+        n = stories_per_example * per_label
+        items = ask(_stories(n, split, seed, base, "discovery"))
+        return _questions(tasks.balanced(items, words, per_label, seed), words)
 
     return Evidence(
         balanced("train", drawn.per_label), balanced("validation", drawn.validation)
@@ -435,7 +454,7 @@ def discover(settings: TransferSettings, seed: int) -> Metrics:
 
     Returns:
         Agreement of both rules' scores with real ablation, faithfulness, and overlap of
-        the proxy's circuit with the target's own.
+        the proxy's circuit with the target's own and with the other question's.
     """
     base, drawn = settings.base, settings.discovery
     model, circuit = base_model(base, seed), circuit_of(base, drawn, seed)
@@ -522,29 +541,35 @@ def faithfulness_metrics(
 def overlap_metrics(
     model: Any, circuit: Circuit, settings: TransferSettings, seed: int
 ) -> Metrics:
-    """Say whether the target's own circuit is the proxy's.
+    """Say whether other circuits are the proxy's.
 
     Args:
         model: the checkpoint.
-        circuit: the proxy's.
+        circuit: of the proxy.
         settings: of discovery and tuning.
         seed: of the checkpoint.
 
     Returns:
         ``jaccard`` and ``rank correlation`` of the proxy's circuit and scores with
-        those on texts of the target, and how ``faithful`` the proxy's circuit is there:
-        in the checkpoint (``target``), whose margin may be small, and in the checkpoint
-        after full fine-tuning (``tuned``); and the maps.
+        others, and how ``faithful`` the proxy's circuit is there; and the maps. The
+        others are those of the target in the checkpoint (``target``), whose margin may
+        be small, and in the checkpoint after full fine-tuning (``tuned``); and those of
+        the other question in the proxy (``related``).
     """
-    base = settings.base
-    by = evidence(base, settings.discovery, base.target, seed)
-    batches, tokens = by.found
+    base, drawn = settings.base, settings.discovery
     full = next(c for c in conditions(settings) if c.name == "full")
     adapted = tune_checkpoint(full, {}, seed).model
+    foreign = evidence(base, drawn, base.target, seed)
+    others = {
+        "target": (model, foreign),
+        "tuned": (adapted, foreign),
+        "related": (model, related_evidence(base, drawn, seed)),
+    }
     metrics: dict[str, float] = {}
     maps: dict[str, Tensor] = {}
-    for name, one in (("target", model), ("tuned", adapted)):
-        means = head_means(one, batches, classes=len(LABELS))
+    for name, (one, by) in others.items():
+        batches, tokens = by.found
+        means = head_means(one, batches, classes=len(tokens))
         maps[name] = scores(one, batches, means, tokens)
         own = top_k(maps[name], circuit.size)
         metrics |= {

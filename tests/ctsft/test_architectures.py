@@ -9,6 +9,14 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -32,6 +40,7 @@ from transformers import (
 
 from ftlib.ctsft.architectures import describe
 from ftlib.ctsft.heads import Head, all_heads, head_slices, norm_parameters
+from ftlib.ctsft.tuning import lora
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA = {
@@ -42,6 +51,12 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     **SPECIAL,
+}
+# Heads of 6 features, together 24 of 16; one layer of each type.
+GEMMA3 = {
+    **LLAMA,
+    "head_dim": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
 }
 BERT = {
     "vocab_size": 30,
@@ -75,11 +90,16 @@ MODELS = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=6)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3)),
+    "gemma3-labels": lambda: Gemma3TextForSequenceClassification(
+        Gemma3TextConfig(**GEMMA3)
+    ),
     "bert": lambda: BertForSequenceClassification(BertConfig(**BERT)),
     "t5": lambda: T5EncoderModel(T5Config(**T5)),
     "t5-stack": lambda: T5ForConditionalGeneration(T5Config(**T5)).get_encoder(),
 }
-SHARED = ("llama", "mistral", "qwen2", "qwen3")
+SHARED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-labels")
+WIDTHS = {"qwen3": 6, "gemma3": 6, "gemma3-labels": 6, "t5": 3, "t5-stack": 3}
 
 
 @pytest.fixture(params=MODELS)
@@ -138,10 +158,29 @@ def test_the_projections_of_a_fused_matrix_are_its_thirds():
     assert weights[0].data_ptr() == fused.data_ptr()
 
 
+def test_a_norm_is_what_its_module_computes(model):
+    for norm in describe(model).norms:
+        x = torch.randn(3, len(norm.weight))
+        if norm.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        found = x * norm.weight / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        if norm.bias is not None:
+            found = found + norm.bias
+        torch.testing.assert_close(norm.module(x), found)
+
+
+def test_a_scale_stored_minus_one_is_not_rounded_to_bf16():
+    model = MODELS["gemma3"]().bfloat16()
+    norm = describe(model).blocks[0].mlp.output_norm
+    norm.module.weight.data.fill_(1e-3)
+    assert (norm.weight - 1).min() > 9e-4
+    assert (1 + norm.module.weight == 1).all()
+
+
 def test_the_parts_have_the_sizes_of_the_model(model, family):
     parts = describe(model)
-    width = {"qwen3": 6, "t5": 3, "t5-stack": 3}.get(family, 4)
-    assert (parts.layers, parts.heads, parts.head_dim) == (2, 4, width)
+    sizes = (parts.layers, parts.heads, parts.head_dim)
+    assert sizes == (2, 4, WIDTHS.get(family, 4))
     assert parts.blocks[0].attention.kv_heads == (2 if family in SHARED else 4)
     assert parts.is_post_norm == (family == "bert")
     assert bool(parts.head) == (family not in ("gpt2-base", "t5", "t5-stack"))
@@ -247,6 +286,30 @@ def test_norm_parameters_are_those_of_the_norms(model):
     assert found
 
 
+def test_gemma_has_six_norms_in_each_block():
+    model = MODELS["gemma3"]()
+    assert len(norm_parameters(model)) == 2 * 6 + 1
+    found = {id(norm.module.weight) for norm in describe(model).norms}
+    assert found == {id(parameter) for parameter in norm_parameters(model)}
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_lora_adapts_q_and_o_of_every_layer(family):
+    model = MODELS[family]()
+    inner = 4 * WIDTHS.get(family, 4)
+    per_rank = 2 * 2 * (16 + inner)
+    config = lora(model, 3 * per_rank + 1)
+    assert config.r == 3
+    before = sum(p.numel() for p in model.parameters())
+    adapted = get_peft_model(model, config)
+    added = sum(p.numel() for p in adapted.parameters()) - before
+    assert added == 3 * per_rank
+    assert {name.rpartition(".")[2] for name in config.target_modules} == {
+        "q_proj",
+        "o_proj",
+    }
+
+
 def test_an_empty_circuit_is_refused():
     model = MODELS["gpt2"]()
     with pytest.raises(ValueError, match="the circuit is empty"):
@@ -301,6 +364,24 @@ def test_an_encoder_decoder_is_refused():
         describe(model.get_decoder())
 
 
+def test_other_gemmas_are_refused():
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM is not supported"):
+        describe(Gemma2ForCausalLM(Gemma2Config(**LLAMA)))
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = Gemma3Config(
+        text_config=GEMMA3, vision_config=vision, mm_tokens_per_image=1
+    )
+    with pytest.raises(ValueError, match=r"Conditional.*Gemma 3's text models"):
+        describe(Gemma3ForConditionalGeneration(config))
+
+
 def test_adapters_are_refused():
     config = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match="merge_and_unload"):
@@ -328,6 +409,9 @@ def test_heads_of_mixed_sizes_are_refused():
 def test_variants_without_a_rule_are_refused():
     with pytest.raises(ValueError, match=r"'tanh' is not supported: choose from gelu"):
         describe(GPT2Model(GPT2Config(**GPT2, activation_function="tanh")))
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        with pytest.raises(ValueError, match="Gemma 3 with softcapping"):
+            describe(Gemma3TextModel(Gemma3TextConfig(**GEMMA3, **{cap: 30.0})))
     with pytest.raises(ValueError, match="cross-attention"):
         describe(GPT2Model(GPT2Config(**GPT2, add_cross_attention=True)))
     config = BertConfig(**BERT, is_decoder=True, add_cross_attention=True)

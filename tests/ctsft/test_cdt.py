@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -24,6 +26,7 @@ from transformers import (
     T5Config,
     T5ForTokenClassification,
 )
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
@@ -56,6 +59,19 @@ LLAMA = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": 2,
     **SPECIAL,
+}
+# Heads of 6 features, together 24 of 32, whose scores are not divided by √6; windows
+# shorter than the texts, and two bases of RoPE that differ where texts are short.
+GEMMA3 = {
+    **LLAMA,
+    "head_dim": 6,
+    "query_pre_attn_scalar": 9,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
 }
 BERT = {
     "vocab_size": 40,
@@ -91,6 +107,7 @@ FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=6)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3)),
     "bert": lambda: BertForSequenceClassification(BertConfig(**BERT)),
     "bert-tokens": lambda: BertForMaskedLM(BertConfig(**BERT)),
     "t5": lambda: T5ForTokenClassification(T5Config(**T5)),
@@ -132,6 +149,10 @@ def exact(monkeypatch):
         mean_square = x.square().mean(-1, keepdim=True)
         return self.weight * x * (mean_square + self.variance_epsilon).rsqrt()
 
+    def rms_norm_minus_one(self, x):
+        mean_square = x.square().mean(-1, keepdim=True)
+        return (1 + self.weight) * x * (mean_square + self.eps).rsqrt()
+
     def attention(module, query, key, value, attention_mask, scaling, **_):
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
@@ -139,6 +160,8 @@ def exact(monkeypatch):
         probabilities = scores.softmax(-1)
         return (probabilities @ value).transpose(1, 2), probabilities
 
+    monkeypatch.setattr(modeling_gemma3.Gemma3RMSNorm, "forward", rms_norm_minus_one)
+    monkeypatch.setattr(modeling_gemma3, "eager_attention_forward", attention)
     for module, norm in (
         (modeling_llama, modeling_llama.LlamaRMSNorm),
         (modeling_qwen2, modeling_qwen2.Qwen2RMSNorm),
@@ -163,10 +186,11 @@ def conv1d(module, part=slice(None)):
 
 
 def norm(module):
-    eps = getattr(module, "eps", None)
-    kind = "layer" if eps else "rms"
-    bias = getattr(module, "bias", None)
-    return module.weight, bias, eps or module.variance_epsilon, kind
+    if isinstance(module, torch.nn.LayerNorm):
+        return module.weight, module.bias, module.eps, "layer"
+    if isinstance(module, modeling_gemma3.Gemma3RMSNorm):
+        return 1 + module.weight, None, module.eps, "rms"
+    return module.weight, None, module.variance_epsilon, "rms"
 
 
 def gpt2_parts(model):
@@ -214,6 +238,35 @@ def llama_parts(model):
     base = model.model
     head = [("norm", norm(base.norm)), ("linear", linear(model.lm_head))]
     return [block(b) for b in base.layers], head, True, False
+
+
+def gemma3_parts(model):
+    def block(i, b):
+        a, mlp = b.self_attn, b.mlp
+        is_sliding = GEMMA3["layer_types"][i] == "sliding_attention"
+        return Parts(
+            norm1=norm(b.input_layernorm),
+            norm2=norm(b.pre_feedforward_layernorm),
+            attention_output_norm=norm(b.post_attention_layernorm),
+            mlp_output_norm=norm(b.post_feedforward_layernorm),
+            q=linear(a.q_proj),
+            k=linear(a.k_proj),
+            v=linear(a.v_proj),
+            o=linear(a.o_proj),
+            up=linear(mlp.up_proj),
+            gate=linear(mlp.gate_proj),
+            down=linear(mlp.down_proj),
+            act=lambda x: F.gelu(x, approximate="tanh"),
+            scale=9**-0.5,
+            qk_norms=[norm(a.q_norm), norm(a.k_norm)],
+            window=4 if is_sliding else None,
+            rope_base=3.0 if is_sliding else 100.0,
+            modules=b,
+        )
+
+    base = model.model
+    head = [("norm", norm(base.norm)), ("linear", linear(model.lm_head))]
+    return [block(i, b) for i, b in enumerate(base.layers)], head, True, False
 
 
 def bert_parts(model):
@@ -284,7 +337,12 @@ class TwoStreams:
     def __init__(self, model, rules):
         self.model, self.rules = model, rules
         kind = model.config.model_type
-        parts = {"gpt2": gpt2_parts, "bert": bert_parts, "t5": t5_parts}
+        parts = {
+            "gpt2": gpt2_parts,
+            "gemma3_text": gemma3_parts,
+            "bert": bert_parts,
+            "t5": t5_parts,
+        }
         parts = parts.get(kind, llama_parts)(model)
         self.blocks, self.head, self.causal, self.post_norm = parts
         self.seen = {}
@@ -349,9 +407,8 @@ class TwoStreams:
         q, k, v = ([part.unflatten(-1, (-1, width)) for part in y] for y in (q, k, v))
         if getattr(b, "qk_norms", None):
             q, k = (self.norm(y, n) for y, n in zip((q, k), b.qk_norms, strict=True))
-        if (rotary := getattr(self.base(), "rotary_emb", None)) is not None:
-            positions = torch.arange(mask.shape[-1])[None]
-            cos, sin = (y[:, :, None] for y in rotary(x[0], positions))
+        if (turns := self.turns(b, x[0], width)) is not None:
+            cos, sin = (y[:, :, None] for y in turns)
             q, k = ([self.rotate(p, cos, sin) for p in y] for y in (q, k))
         k, v = (
             [part.repeat_interleave(HEADS // part.shape[2], 2) for part in y]
@@ -370,6 +427,17 @@ class TwoStreams:
             return gather(a, v[0]), gather(a, v[1])
         rel = gather(probabilities(q[0], k[0]), v[0])
         return rel, gather(a, sum(v)) - rel
+
+    def turns(self, b, x, width):
+        """Return the cosines and sines of RoPE, (1, T, width)."""
+        positions = torch.arange(x.shape[1])[None]
+        if hasattr(b, "rope_base"):
+            # In float32, rounded where transformers rounds.
+            frequencies = 1 / b.rope_base ** (torch.arange(0, width, 2) / width)
+            angles = (positions[..., None] * frequencies).repeat(1, 1, 2)
+            return angles.cos().double(), angles.sin().double()
+        rotary = getattr(self.base(), "rotary_emb", None)
+        return None if rotary is None else rotary(x, positions)
 
     @staticmethod
     def rotate(x, cos, sin):
@@ -393,6 +461,23 @@ class TwoStreams:
             mask = mask + first.compute_bias(length, length)
         return mask
 
+    def windowed(self, b, mask):
+        """Return the mask of a block, which may look back only so far."""
+        if (window := getattr(b, "window", None)) is None:
+            return mask
+        places = torch.arange(mask.shape[-1])
+        too_far = places[:, None] - places >= window
+        return mask.masked_fill(too_far, -torch.inf)
+
+    def update(self, b, part, x):
+        """Return what is added to the stream: behind a norm, if there is one."""
+        self.note(**{part: x})
+        name = f"{part}_output_norm"
+        if hasattr(b, name):
+            x = self.norm(x, getattr(b, name))
+            self.note(**{name: x})
+        return x
+
     def note(self, **pairs):
         for part, pair in pairs.items():
             self.seen[self.layer, part] = pair
@@ -401,7 +486,7 @@ class TwoStreams:
         h = x if self.post_norm else self.norm(x, b.norm1)
         if not self.post_norm:
             self.note(attention_norm=h)
-        z = self.attention(h, b, mask)
+        z = self.attention(h, b, self.windowed(b, mask))
         if self.layer == self.source.layer:
             total = z[0] + z[1]
             width = total.shape[-1] // HEADS
@@ -409,9 +494,9 @@ class TwoStreams:
             z = (z[0].clone(), z[1].clone())
             z[0][..., here] = total[..., here] - mean
             z[1][..., here] = mean
-        o = self.linear(z, b.o)
+        self.note(z=z)
+        o = self.update(b, "attention", self.linear(z, b.o))
         x = (x[0] + o[0], x[1] + o[1])
-        self.note(z=z, attention=o)
         h = self.norm(x, b.norm1 if self.post_norm else b.norm2)
         x = h if self.post_norm else x
         self.note(middle=x)
@@ -425,10 +510,10 @@ class TwoStreams:
             gate = self.clean(self.linear(h, b.gate))
             self.note(gate=gate)
             inner = self.activation(lambda g, u: b.act(g) * u, gate, up)
-        down = self.clean(self.linear(inner, b.down))
+        down = self.update(b, "mlp", self.clean(self.linear(inner, b.down)))
         x = self.clean((x[0] + down[0], x[1] + down[1]))
         x = self.norm(x, b.norm2) if self.post_norm else x
-        self.note(mlp=down, output=x)
+        self.note(output=x)
         return x
 
     @torch.no_grad()
@@ -547,13 +632,18 @@ def test_in_float32_the_parts_add_up_to_the_plain_activations(family, rules):
     plain = label_logits(model, inputs, TOKENS).double()
     total = found.relevant[0] + irrel[:, TOKENS]
     torch.testing.assert_close(total, plain, rtol=1e-5, atol=1e-5)
-    for layer, block in enumerate(traced.architecture.blocks):
+    parts = traced.architecture
+    following = [*(b.attention_norm for b in parts.blocks[1:]), parts.final_norm]
+    for layer, block in enumerate(parts.blocks):
         recorded = {
             "z": traced.z[layer],
             "attention": traced.outputs[block.attention.o.module],
             "up": traced.outputs[block.mlp.up.module],
             "mlp": traced.outputs[block.mlp.down.module],
         }
+        if not parts.is_post_norm:
+            recorded["middle"] = traced.norm_inputs[block.mlp_norm.module]
+            recorded["output"] = traced.norm_inputs[following[layer].module]
         for part, expected in recorded.items():
             if layer == LAYERS - 1 and part != "z":
                 expected = expected[torch.arange(2), positions]
@@ -570,7 +660,7 @@ def test_in_float32_the_parts_add_up_to_the_plain_activations(family, rules):
 
 
 @pytest.mark.parametrize("rules", [PUBLISHED, OURS, MIXED], ids=str)
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3", "bert"])
 def test_nothing_is_relevant_before_the_source(family, rules):
     model, inputs = build(family), batch()
     source, means = Head(2, 1), random_means(model)
@@ -665,17 +755,18 @@ def test_padding_changes_nothing_on_either_side(family, rules, exact):
 
 
 class FrozenNorm:
-    """A LayerNorm that goes on dividing by what it divided by before."""
+    """A norm that goes on dividing by what it divided by before."""
 
     def __init__(self, module):
         self.module, self.scale = module, None
 
     def __call__(self, x):
+        weight, bias, eps, kind = norm(self.module)
+        x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
         if self.scale is None:
-            variance = x.var(-1, unbiased=False, keepdim=True)
-            self.scale = (variance + self.module.eps).rsqrt()
-        centred = x - x.mean(-1, keepdim=True)
-        return centred * self.scale * self.module.weight + self.module.bias
+            self.scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        normed = x * self.scale * weight
+        return normed if bias is None else normed + bias
 
 
 class FrozenAttention:
@@ -689,6 +780,7 @@ class FrozenAttention:
             out = self.attend(module, query, key, value, mask, **options)
             self.probabilities[module] = out[1]
         probabilities = self.probabilities[module]
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
         return (probabilities @ value).transpose(1, 2), probabilities
 
 
@@ -707,31 +799,51 @@ def linear_gpt2(mlp):
     return model
 
 
+def gemma3_without_mlp():
+    model = build("gemma3")
+    model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    return model
+
+
 @pytest.mark.parametrize(
-    ("mlp", "freezes_attention", "first"),
-    [("zero", False, 2), ("linear", False, 2), ("linear", True, 0)],
-    ids=["last layer, no MLP", "last layer, linear MLP", "all frozen, linear MLP"],
+    ("make", "modeling", "freezes_attention", "first"),
+    [
+        (lambda: linear_gpt2("zero"), modeling_gpt2, False, 2),
+        (lambda: linear_gpt2("linear"), modeling_gpt2, False, 2),
+        (lambda: linear_gpt2("linear"), modeling_gpt2, True, 0),
+        (gemma3_without_mlp, modeling_gemma3, False, 2),
+        (gemma3_without_mlp, modeling_gemma3, True, 0),
+    ],
+    ids=[
+        "GPT-2, last layer, no MLP",
+        "GPT-2, last layer, linear MLP",
+        "GPT-2, all frozen, linear MLP",
+        "Gemma 3, last layer, no MLP",
+        "Gemma 3, all frozen, no MLP",
+    ],
 )
 def test_it_is_the_ablation_where_the_rest_of_the_network_is_linear(
-    mlp, freezes_attention, first, monkeypatch
+    make, modeling, freezes_attention, first, monkeypatch, exact
 ):
     """With norms frozen and a linear MLP, in the last layer or with frozen attention.
 
     Then the logits are an affine function of the source's z, and the rules of ours
     apply its linear part to z − μ, which is what replacing z by μ takes away.
     """
-    model, inputs = linear_gpt2(mlp), batch()
+    model, inputs = make(), batch()
     means = random_means(model)
     sources = [head for head in all_heads(model) if head.layer >= first]
     traced = trace(model, inputs)
     found = propagate(traced, sources, means, TOKENS, rules=OURS).relevant
     unfrozen = label_logits(model, inputs, TOKENS)
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
+        if "Norm" in type(module).__name__:
             monkeypatch.setattr(module, "forward", FrozenNorm(module))
     if freezes_attention:
-        frozen = FrozenAttention(modeling_gpt2.eager_attention_forward)
-        monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", frozen)
+        frozen = FrozenAttention(modeling.eager_attention_forward)
+        monkeypatch.setattr(modeling, "eager_attention_forward", frozen)
     whole = label_logits(model, inputs, TOKENS)
     torch.testing.assert_close(whole, unfrozen, rtol=1e-9, atol=1e-9)
     for source, contribution in zip(sources, found, strict=True):
@@ -762,7 +874,7 @@ def correlations(model, seed):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3", "bert"])
 def test_our_rules_agree_better_with_ablation_than_the_published(family):
     """On random weights: a caution, not a verdict on trained models."""
     found = [correlations(build(family, seed).float(), seed) for seed in range(3)]

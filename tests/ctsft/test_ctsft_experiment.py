@@ -286,11 +286,14 @@ def test_evidence_has_as_many_examples_of_each_label():
     for asked in (found, judged):
         labels = torch.cat([labels for _, labels in asked.batches])
         assert labels.bincount().tolist() == [2, 2, 2]
+    for asked in experiment.related_evidence(TOY_BASE, TOY.discovery, 0):
+        labels = torch.cat([labels for _, labels in asked.batches])
+        assert labels.bincount().tolist() == [2] * len(THINGS)
 
 
 def test_discovery_records_maps_curves_and_overlap():
     metrics = experiment.discover(TOY, 0)
-    for name in ("ours", "published", "ablation", "target", "tuned"):
+    for name in ("ours", "published", "ablation", "target", "tuned", "related"):
         maps = [key for key in metrics if key.startswith(f"{PACKED_PREFIX}map/{name}/")]
         assert len(maps) == TOY_BASE.layers * TOY_BASE.heads
     for name in ("ours", "published", "ablation", "random 0", "random 1"):
