@@ -51,6 +51,12 @@ gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the
 		$(BIN)/ftlib run caref --scale gpu --seeds 10 \
 			--experiment "48-shot $$task $$model" || exit 1; \
 	done; done
+	for language in javanese buginese; do \
+		$(BIN)/ftlib run ctsft --scale gpu --seeds 3 \
+			--experiment "nusax smollm2-135m $$language" || exit 1; \
+	done
+	$(BIN)/ftlib run ctsft --scale gpu --seeds 1 \
+		--experiment "nusax-discovery smollm2-135m"
 
 # trl and verl ask for other versions of transformers; what is compared needs neither.
 bench: $(INSTALLED)  ## install the vocabulary head's peers, time it beside them

@@ -60,7 +60,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -69,24 +68,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftlib import runtime
 from ftlib.bases import base_path, kept_base
 from ftlib.ctsft import languages, tasks
-from ftlib.ctsft.ablation import ablation_effects, faithfulness
-from ftlib.ctsft.decomposition import PUBLISHED, head_means, scores
+from ftlib.ctsft.benchmarks import benchmark_arms, small_arms
 from ftlib.ctsft.discovery import (
     Circuit,
     Evidence,
-    correlation,
-    faithfulness_curve,
     find_circuit,
-    jaccard,
-    near_zero,
-    random_curves,
-    random_heads,
-    rank_correlation,
-    ranking,
-    top_k,
 )
-from ftlib.ctsft.evaluation import Questions, is_right, questions
-from ftlib.ctsft.heads import Head
+from ftlib.ctsft.evaluation import Questions, questions
 from ftlib.ctsft.languages import (
     LABELS,
     PROXY,
@@ -95,6 +83,15 @@ from ftlib.ctsft.languages import (
     Lesson,
     Story,
     Vocabulary,
+)
+from ftlib.ctsft.runs import (
+    WHOLE,
+    Metrics,
+    Tuned,
+    discovery_metrics,
+    heads_to_train,
+    overlap_metrics,
+    tune_watched,
 )
 from ftlib.ctsft.settings import (
     ARMS,
@@ -112,17 +109,13 @@ from ftlib.ctsft.settings import (
     candidates,
     learning_rate,
 )
-from ftlib.ctsft.tuning import Recipe, distance, tune, weights_of
+from ftlib.ctsft.tuning import Recipe
 from ftlib.experiments import Arm
-from ftlib.outcomes import Booleans, outcome_metrics
-from ftlib.results import PACKED_PREFIX, Metric
 from ftlib.runtime import Scale
 from ftlib.sequences import IGNORED
 from ftlib.splits import Split
 from ftlib.streams import stream
 from ftlib.training import train
-
-Metrics = Mapping[str, Metric | float]
 
 VOCABULARY = Vocabulary()
 LONGEST = 64  # tokens; a lesson of three people takes at most 26
@@ -131,8 +124,10 @@ _POOL = 300  # stories; a fixed number, so that 128 examples contain the 16
 
 
 def plan(scale: Scale) -> list[Arm]:
-    """Return the arms of the method; there are none at gpu yet."""
-    return transfer_arms() if scale == "cpu" else []
+    """Return the arms of the method; at gpu those on real text alone."""
+    if scale == "cpu":
+        return [*transfer_arms(), *small_arms()]
+    return benchmark_arms()
 
 
 def transfer_arms(settings: TransferSettings = TRANSFER) -> list[Arm]:
@@ -269,74 +264,16 @@ def _tuning_arm(candidate: Condition) -> Arm:
 # -- one run ---------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
-    """What was measured after some steps.
-
-    Attributes:
-        step: how many.
-        right: whether each question was answered rightly, by test.
-        distance: ‖Δθ‖.
-    """
-
-    step: int
-    right: Mapping[str, Booleans]
-    distance: float
-
-    def accuracy(self, test: str) -> Metric:
-        """The share of a test's questions that were answered rightly."""
-        return Metric(float(self.right[test].mean()), len(self.right[test]))
-
-    def metrics(self) -> dict[str, Metric | float]:
-        """All accuracies, and the distance."""
-        accuracies = {test: self.accuracy(test) for test in self.right}
-        return {**accuracies, "distance": self.distance}
-
-
-class Tuned(NamedTuple):
-    """A tuned checkpoint.
-
-    Attributes:
-        model: the checkpoint, with adapters in it if there are any.
-        trained: number of weights that were trained.
-        heads: whose weights were among them; for LoRA those that set its budget.
-        looks: what was measured on the way.
-    """
-
-    model: Any
-    trained: int
-    heads: list[Head]
-    looks: list[Look]
-
-
 def run(condition: Condition, seed: int) -> Metrics:
     """Tune a seed's checkpoint, and test it on the way.
 
     Returns:
-        Accuracies ``target``, ``source``, ``related`` and ``validation`` of the last
-        checkpoint, with the outcome of each question of a test, and ``distance``; the
-        same with ``best`` of the one that was best on the target's validation, the
-        first among equals; curves of all; and how many weights and heads were trained.
+        As :meth:`ftlib.ctsft.runs.Tuned.metrics`: of ``target``, ``source`` and
+        ``related``.
     """
     settings = condition.settings
     tests = {name: questions_of(settings, name, seed) for name in get_args(Test)}
-    tuned = tune_checkpoint(condition, tests, seed)
-    best = max(tuned.looks, key=lambda look: look.accuracy("validation").value)
-    last = tuned.looks[-1]
-    return {
-        **last.metrics(),
-        **{f"best {name}": value for name, value in best.metrics().items()},
-        "best step": float(best.step),
-        **{
-            f"{PACKED_PREFIX}curve/{name}/{look.step}": value
-            for look in tuned.looks
-            for name, value in look.metrics().items()
-        },
-        **outcome_metrics("target", last.right["target"]),
-        **outcome_metrics("source", last.right["source"]),
-        **outcome_metrics("related", last.right["related"]),
-        "trained": float(tuned.trained),
-        "heads": float(len(tuned.heads)),
-    }
+    return tune_checkpoint(condition, tests, seed).metrics()
 
 
 def search(candidate: Condition, seed: int) -> Metrics:
@@ -363,30 +300,23 @@ def tune_checkpoint(
         seed: of checkpoint, examples and order.
     """
     settings, recipe = condition.settings, condition.recipe
+    heads = []
+    if recipe and recipe.weights not in WHOLE:
+        circuit = circuit_of(settings.base, settings.discovery, seed)
+        heads = heads_to_train(recipe, circuit, seed)
     model = base_model(settings.base, seed)
-    start, looks = weights_of(model), []
-
-    def look(step: int) -> None:
-        if step % (settings.steps // settings.looks) == 0:
-            right = {name: is_right(model, test) for name, test in tests.items()}
-            looks.append(Look(step, right, distance(model, start)))
-
-    look(0)
-    if recipe is None:
-        return Tuned(model, 0, [], looks)
-    heads = heads_of(recipe, settings, seed)
     torch.manual_seed(stream(seed, "adapters"))
-    trained = tune(
+    return tune_watched(
         model,
         recipe,
         heads,
         few_shots(settings, seed),
         torch.tensor(_LABEL_TOKENS),
         settings.training(condition.learning_rate, stream(seed, "order")),
-        watch=look,
-        label=condition.name,
+        tests,
+        settings.looks,
+        condition.name,
     )
-    return Tuned(model, trained, heads, looks)
 
 
 # -- the circuit -----------------------------------------------------------------------
@@ -434,161 +364,30 @@ def circuit_of(base: BaseSettings, settings: DiscoverySettings, seed: int) -> Ci
     return find_circuit(model, by, settings.sizes, settings.share)
 
 
-def heads_of(recipe: Recipe, settings: TransferSettings, seed: int) -> list[Head]:
-    """Return the heads that a recipe trains, as many in every arm that trains heads.
-
-    LoRA gets the circuit, which sets its budget.
-    """
-    if recipe.weights in ("all", "blocks", "norms"):
-        return []
-    circuit = circuit_of(settings.base, settings.discovery, seed)
-    if recipe.weights == "near zero":
-        return near_zero(circuit.scores, circuit.size)
-    if recipe.weights == "random":
-        return random_heads(circuit.scores, circuit.size, stream(seed, "random heads"))
-    return circuit.heads
-
-
 def discover(settings: TransferSettings, seed: int) -> Metrics:
     """Say how good the scores and the circuit of a seed's checkpoint are.
 
     Returns:
-        Agreement of both rules' scores with real ablation, faithfulness, and overlap of
-        the proxy's circuit with the target's own and with the other question's.
+        The metrics of :func:`ftlib.ctsft.runs.discovery_metrics`, and those of
+        :func:`ftlib.ctsft.runs.overlap_metrics` with texts of the target: in the
+        checkpoint (``target``), whose margin may be small there, and in the checkpoint
+        after full fine-tuning (``tuned``); and with the other question in the proxy
+        (``related``).
     """
     base, drawn = settings.base, settings.discovery
     model, circuit = base_model(base, seed), circuit_of(base, drawn, seed)
     by = evidence(base, drawn, PROXY, seed)
-    batches, tokens = by.found
-    effects = ablation_effects(model, batches, circuit.means, tokens)
-    maps = {
-        "ours": circuit.scores,
-        "published": scores(model, batches, circuit.means, tokens, rules=PUBLISHED),
-        "ablation": effects.view_as(circuit.scores),
-    }
-    return {
-        "heads": float(circuit.size),
-        **agreement_metrics(maps),
-        **faithfulness_metrics(model, by.judged, circuit, maps, drawn, seed),
-        **overlap_metrics(model, circuit, settings, seed),
-    }
-
-
-def agreement_metrics(maps: Mapping[str, Tensor]) -> Metrics:
-    """Say how well scores tell what single heads do.
-
-    Args:
-        maps: scores ``ours`` and ``published``, and the effects of real ``ablation`` on
-            the same examples, (layers, heads).
-
-    Returns:
-        For both rules ``correlation`` and ``rank correlation`` with the effects; and
-        the maps.
-    """
-    effects = maps["ablation"]
-    metrics = {}
-    for name in ("ours", "published"):
-        metrics[f"correlation {name}"] = correlation(maps[name], effects)
-        metrics[f"rank correlation {name}"] = rank_correlation(maps[name], effects)
-    return {**metrics, **_packed(maps)}
-
-
-def faithfulness_metrics(
-    model: Any,
-    judged: Questions,
-    circuit: Circuit,
-    maps: Mapping[str, Tensor],
-    settings: DiscoverySettings,
-    seed: int,
-) -> Metrics:
-    """Say what circuits can do alone.
-
-    Args:
-        model: the checkpoint.
-        judged: questions for validation.
-        circuit: found in it.
-        maps: scores, and the effects of ablation, by which heads can be ranked.
-        settings: sizes of circuits, and how many random ones.
-        seed: of these.
-
-    Returns:
-        For circuits of the chosen size: how ``faithful`` the best heads by each map
-        are, and ``random`` ones on average, with the share of those that ours have
-        ``beaten``; and curves over sizes.
-    """
-    sizes, means = settings.sizes, circuit.means
-    curves = {
-        name: faithfulness_curve(model, judged, means, ranking(values), sizes)
-        for name, values in maps.items()
-    }
-    seeds = [stream(seed, f"circuit {n}") for n in range(settings.draws)]
-    drawn = random_curves(model, judged, means, sizes, seeds)
-    at = sizes.index(circuit.size)
-    by_chance = np.array(drawn)[:, at]
-    curves |= {f"random {n}": curve for n, curve in enumerate(drawn)}
-    return {
-        **{f"faithful {name}": curves[name][at] for name in maps},
-        "faithful random": float(by_chance.mean()),
-        "beaten": float((by_chance < curves["ours"][at]).mean()),
-        **{
-            f"{PACKED_PREFIX}faithful/{name}/{size}": value
-            for name, curve in curves.items()
-            for size, value in zip(sizes, curve, strict=True)
-        },
-    }
-
-
-def overlap_metrics(
-    model: Any, circuit: Circuit, settings: TransferSettings, seed: int
-) -> Metrics:
-    """Say whether other circuits are the proxy's.
-
-    Args:
-        model: the checkpoint.
-        circuit: of the proxy.
-        settings: of discovery and tuning.
-        seed: of the checkpoint.
-
-    Returns:
-        ``jaccard`` and ``rank correlation`` of the proxy's circuit and scores with
-        others, and how ``faithful`` the proxy's circuit is there; and the maps. The
-        others are those of the target in the checkpoint (``target``), whose margin may
-        be small, and in the checkpoint after full fine-tuning (``tuned``); and those of
-        the other question in the proxy (``related``).
-    """
-    base, drawn = settings.base, settings.discovery
+    foreign = evidence(base, drawn, base.target, seed)
     full = next(c for c in conditions(settings) if c.name == "full")
     adapted = tune_checkpoint(full, {}, seed).model
-    foreign = evidence(base, drawn, base.target, seed)
     others = {
         "target": (model, foreign),
         "tuned": (adapted, foreign),
         "related": (model, related_evidence(base, drawn, seed)),
     }
-    metrics: dict[str, float] = {}
-    maps: dict[str, Tensor] = {}
-    for name, (one, by) in others.items():
-        batches, tokens = by.found
-        means = head_means(one, batches, classes=len(tokens))
-        maps[name] = scores(one, batches, means, tokens)
-        own = top_k(maps[name], circuit.size)
-        metrics |= {
-            f"jaccard {name}": jaccard(circuit.heads, own),
-            f"rank correlation {name}": rank_correlation(circuit.scores, maps[name]),
-            f"faithful {name}": faithfulness(
-                one, circuit.heads, by.judged.batches, means, tokens
-            ),
-        }
-    return {**metrics, **_packed(maps)}
-
-
-def _packed(maps: Mapping[str, Tensor]) -> dict[str, float]:
-    """Put maps into numbers of a record, by layer and head."""
     return {
-        f"{PACKED_PREFIX}map/{name}/{layer}/{index}": value
-        for name, values in maps.items()
-        for layer, row in enumerate(values.tolist())
-        for index, value in enumerate(row)
+        **discovery_metrics(model, by, circuit, drawn.sizes, drawn.draws, seed),
+        **overlap_metrics(circuit, others),
     }
 
 

@@ -184,6 +184,29 @@ def _draw(
     return [drawn[k % len(order)][k // len(order)] for k in range(n)]
 
 
+def divide(labels: Sequence[str], parts: int, seed: int) -> list[list[int]]:
+    """Deal the places of a list into parts that have equally many of each label.
+
+    The languages of a parallel corpus have translations at equal places. What is drawn
+    from different parts, in whatever languages, has no text in common.
+
+    Args:
+        labels: of the items.
+        parts: how many.
+        seed: of the deal.
+
+    Returns:
+        The places of each part, ascending. Parts differ by at most one item in all,
+        and one of each label.
+    """
+    rng = generator(seed, "division")
+    deck: list[int] = []
+    for label in sorted(set(labels)):
+        places = [at for at, own in enumerate(labels) if own == label]
+        deck += rng.permutation(places).tolist()
+    return [sorted(deck[part::parts]) for part in range(parts)]
+
+
 # --- tokens -------------------------------------------------------------------
 
 

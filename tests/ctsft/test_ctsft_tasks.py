@@ -18,6 +18,7 @@ from ftlib.ctsft.tasks import (
     Encoded,
     Item,
     balanced,
+    divide,
     encode,
     few_shot,
     label_tokens,
@@ -170,6 +171,20 @@ def test_discovery_has_as_many_of_each_label_and_is_another_draw():
 def test_too_few_items_are_an_error(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_division_deals_everything_once_and_labels_evenly(parts):
+    labels = [item.label for item in MANY]
+    dealt = divide(labels, parts, seed=3)
+    assert sorted(at for part in dealt for at in part) == list(range(500))
+    assert all(part == sorted(part) for part in dealt)
+    assert {len(part) for part in dealt} == {500 // parts}
+    for label in SENTIMENT_WORDS:
+        counts = [sum(labels[at] == label for at in part) for part in dealt]
+        assert max(counts) - min(counts) <= 1
+    assert divide(labels, parts, seed=3) == dealt
+    assert (divide(labels, parts, seed=4) == dealt) == (parts == 1)
 
 
 # --- label tokens -------------------------------------------------------------
