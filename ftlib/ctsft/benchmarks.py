@@ -360,19 +360,23 @@ TRIED: Mapping[str, Mapping[Weights, tuple[float, ...]]] = MappingProxyType(
         },
     }
 )
-# Guesses, all of them: no search was run yet.
 LEARNING_RATES: Mapping[str, float] = MappingProxyType(
     {
-        f"{task}/{model}/{arm}": TRIED[scale][recipe.weights][1]
-        for scale, task, model, names in (
-            ("cpu", "nusax", SMALL.base.model, SMALL_ARMS),
-            *(("gpu", task, model, tuple(ARMS)) for task in TASKS for model in MODELS),
-        )
-        for arm, recipe in ARMS.items()
-        if arm in names
+        # Guesses: at scale gpu no search was run yet.
+        **{
+            f"{task}/{model}/{arm}": TRIED["gpu"][recipe.weights][1]
+            for task in TASKS
+            for model in MODELS
+            for arm, recipe in ARMS.items()
+        },
+        "nusax/stories15m/full": 3e-5,
+        "nusax/stories15m/circuit": 1e-3,
+        "nusax/stories15m/random": 3e-3,
+        "nusax/stories15m/norms": 3e-3,
     }
 )
-"""By task, model and arm; full fine-tuning at a lower rate has a share of the full."""
+"""By task, model and arm; full fine-tuning at a lower rate has a share of the full.
+Those of stories15m were chosen by the search."""
 
 
 def learning_rate(base: Teaching, arm: str) -> float:
