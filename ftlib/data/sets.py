@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import Literal, NamedTuple, TypedDict, get_args
 
+import numpy as np
+import yaml
+
+from ftlib.data.arrays import read_pickled_arrays
 from ftlib.data.reading import read_csv, read_jsonl
-from ftlib.data.registry import DataUnavailable, fetch
+from ftlib.data.registry import DataCorrupt, DataUnavailable, fetch
 from ftlib.metrics.answers import last_boxed
 
 Gsm8kSplit = Literal["train", "test"]
@@ -22,12 +26,34 @@ CoseSplit = Literal["train", "dev"]
 NusaxSplit = Literal["train", "valid", "test"]
 IndonliSplit = Literal["train", "val", "test_lay", "test_expert"]
 XnliSplit = Literal["dev", "test"]
+MobilePart = Literal["tasks", "knowledge"]
 
 NUSAX_LANGUAGES = tuple(
     "acehnese balinese banjarese buginese english indonesian javanese madurese "
     "minangkabau ngaju sundanese toba_batak".split()
 )
 XNLI_LANGUAGES = tuple("ar bg de el en es fr hi ru sw th tr ur vi zh".split())
+
+# Neither has a licence that we could find. So they are not in the registry: who wants
+# one fetches it, and hands over its path. Sizes are upstream's, in bytes; the SHA-256
+# is not known to us.
+AMBIK_SOURCE = (
+    "https://raw.githubusercontent.com/cog-model/AmbiK-dataset/"
+    "9d4f60d4224b4183cd35d11233d8114aeaefc2f6/"
+)
+AMBIK_FILES = {
+    "AmbiK_data.csv": 1_848_398,
+    "ambik_dataset/ambik_test_900.csv": 1_732_929,
+    "ambik_dataset/ambik_test_400.csv": 746_738,
+    "ambik_dataset/ambik_calib_100.csv": 200_328,
+}
+HOUSEKEEP_SOURCE = (
+    "https://raw.githubusercontent.com/yashkant/housekeep/ff57c791412e/"
+    "cos_eor/scripts/orm/amt_data/"
+)
+HOUSEKEEP_FILES = {"data.npy": 2_788_628}
+
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: ten times as fast
 
 
 class Problem(TypedDict):
@@ -114,6 +140,90 @@ class ExplainedQuestion(TypedDict):
     choices: list[str]
     answer: str
     explanation: str
+
+
+class TidyScenario(TypedDict):
+    """A room to tidy, and where a person would put each thing.
+
+    Attributes:
+        room: ``living room``, ``bedroom``, ``kitchen`` or ``pantry room``.
+        receptacles: where things can be put, two to five places.
+        seen: things with their places, to learn from.
+        unseen: other things with theirs, as many, to be tested with.
+        note: the person's rule in words.
+        tags: what the rule goes by, such as ``category`` or ``attribute``.
+    """
+
+    room: str
+    receptacles: list[str]
+    seen: list[tuple[str, str]]
+    unseen: list[tuple[str, str]]
+    note: str
+    tags: list[str]
+
+
+class PickAndPlace(TypedDict):
+    """A request to a robot that can mean several things.
+
+    Attributes:
+        scene: what lies there, in words.
+        request: what is asked.
+        intended_objects: what the person meant, one or more.
+        intended_locations: where to, one or more.
+        objects: all that the request can mean, the intended ones mostly first.
+        locations: all places that it can mean.
+        present: the objects of the scene, in its order.
+        category: the kind of ambiguity.
+    """
+
+    scene: str
+    request: str
+    intended_objects: list[str]
+    intended_locations: list[str]
+    objects: list[str]
+    locations: list[str]
+    present: list[str]
+    category: str
+
+
+class KitchenRequest(TypedDict):
+    """A request in a kitchen, that leaves something open.
+
+    Attributes:
+        kitchen: the things in it.
+        request: what is asked, ambiguous.
+        clear: the same, said clearly.
+        kind: ``preferences``, ``common_sense_knowledge`` or ``safety``.
+        question: what a robot could ask back.
+        answer: what the person would say.
+        choices: what the request can mean; empty where upstream lists none.
+        intent: the right one, in upstream's notation.
+    """
+
+    kitchen: list[str]
+    request: str
+    clear: str
+    kind: str
+    question: str
+    answer: str
+    choices: list[str]
+    intent: str
+
+
+class Placings(NamedTuple):
+    """Where people would put household objects.
+
+    Attributes:
+        ranks: int64 (R, O, A). A positive k says that the place was the annotation's
+            k-th best for the object, a negative one that the object would be found
+            there in an untidy house, 0 that neither holds.
+        places: the R places, each a room and a receptacle.
+        objects: the O objects.
+    """
+
+    ranks: np.ndarray
+    places: list[tuple[str, str]]
+    objects: list[str]
 
 
 def gsm8k(split: Gsm8kSplit) -> list[dict[str, str]]:
@@ -389,6 +499,110 @@ def xnli(language: str, split: XnliSplit) -> list[InferencePair]:
     ]
 
 
+def tidybot() -> list[TidyScenario]:
+    """Load TidyBot's 96 scenarios: 672 placements to learn from, 672 to test with.
+
+    Each scenario is a person of its own. No thing is in both halves of a scenario.
+
+    Raises:
+        DataUnavailable: the file is nowhere to be found.
+        DataCorrupt: the file is damaged or altered.
+    """
+    text = fetch("tidybot/scenarios.yml").read_text(encoding="utf-8")
+    return [
+        {
+            "room": row["room"],
+            "receptacles": row["receptacles"],
+            "seen": [(thing, place) for thing, place in row["seen_placements"]],
+            "unseen": [(thing, place) for thing, place in row["unseen_placements"]],
+            "note": row["annotator_notes"],
+            "tags": row["tags"],
+        }
+        for row in yaml.load(text, Loader=_YAML)  # noqa: S506  # safe, both are
+    ]
+
+
+def tidybot_replies() -> dict[str, str]:
+    """Load what text-davinci-003 replied to TidyBot's 821 prompts, by the prompt.
+
+    Raises:
+        DataUnavailable: the file is nowhere to be found.
+        DataCorrupt: the file is damaged or altered.
+    """
+    rows = read_jsonl(fetch("tidybot/text_davinci_003_replies.jsonl"))
+    return {row["prompt"]: row["completion"] for row in rows}
+
+
+def mobile_manipulation(part: MobilePart) -> list[PickAndPlace]:
+    """Load Mobile Manipulation: 600 tasks, and 200 more as knowledge.
+
+    It is KnowNo's set in the form that Introspective Planning gave it. Five rows have a
+    location ``bottled``, which is upstream's slip for ``bottled water``; it is left as
+    published.
+
+    Raises:
+        ValueError: there is no such part.
+        DataUnavailable: the file is nowhere to be found.
+        DataCorrupt: the file is damaged or altered.
+    """
+    _check_split("Mobile Manipulation", part, get_args(MobilePart))
+    suffix = "" if part == "tasks" else "_knowledge"
+    path = fetch(f"mobile_manipulation/mobile_manipulation{suffix}.txt")
+    blocks = path.read_text(encoding="utf-8").strip().split("\n\n")
+    return [_pick_and_place(block) for block in blocks]
+
+
+def ambik(path: Path) -> list[KitchenRequest]:
+    """Read a file of AmbiK that you have fetched; ftlib neither has nor fetches it.
+
+    Args:
+        path: one of ``AMBIK_FILES``, under its own name, from ``AMBIK_SOURCE``.
+
+    Raises:
+        ValueError: the file has another name, or lacks a column.
+        DataUnavailable: the file is not there; the message has its address.
+        DataCorrupt: the file has not the size it has upstream.
+    """
+    rows = read_csv(_users_own("AmbiK", path, AMBIK_SOURCE, AMBIK_FILES))
+    try:
+        return [_kitchen_request(row) for row in rows]
+    except KeyError as error:
+        raise ValueError(f"{path} has no column {error}") from error
+
+
+def housekeep(path: Path) -> Placings:
+    """Read Housekeep's annotations, which you have fetched; ftlib neither has them.
+
+    There are 128 places, 269 objects and 10 annotations of each. An annotation's number
+    is not a person: slots were filled by whoever came.
+
+    Args:
+        path: ``data.npy``, from ``HOUSEKEEP_SOURCE``. It is a pickle. Only arrays,
+            dictionaries, lists, texts and numbers are read from it, and nothing that
+            it names is called.
+
+    Raises:
+        ValueError: the file has another name, or names anything else to be called.
+        DataUnavailable: the file is not there; the message has its address.
+        DataCorrupt: the file has not the size it has upstream, or other contents.
+    """
+    path = _users_own("Housekeep", path, HOUSEKEEP_SOURCE, HOUSEKEEP_FILES)
+    content = read_pickled_arrays(path)
+    try:
+        ranks = np.asarray(content["ranks"], dtype=np.int64)
+        objects = [str(name) for name in content["objects"]]
+        pairs = [str(name).split("|") for name in content["room_receptacles"]]
+        places = [(room, receptacle) for room, receptacle in pairs]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataCorrupt(f"{path} does not hold Housekeep's ranks: {error}") from error
+    if ranks.shape[:2] != (len(places), len(objects)) or ranks.ndim != 3:
+        raise DataCorrupt(
+            f"{path} has ranks of shape {ranks.shape} for {len(places)} places and "
+            f"{len(objects)} objects"
+        )
+    return Placings(ranks, places, objects)
+
+
 def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}: choose {' or '.join(splits)}")
@@ -406,6 +620,76 @@ def _right_reasons(row: dict[str, str]) -> list[str]:
     confusing = {row[f"Confusing Reason{k}"].strip() for k in (1, 2)}
     right = dict.fromkeys(row[f"Right Reason{k}"].strip() for k in (1, 2, 3))
     return [reason for reason in right if reason and reason not in confusing]
+
+
+_PICK_AND_PLACE = (
+    "Scene",
+    "Task",
+    "User intent (object)",
+    "User intent (location)",
+    "Possible objects",
+    "Possible locations",
+    "Scene objects",
+    "Task category",
+)
+
+
+def _pick_and_place(block: str) -> PickAndPlace:
+    """A block of Mobile Manipulation: its number, then one field a line."""
+    number, *lines = block.split("\n")
+    fields = [line.split(": ", 1) for line in lines]
+    if tuple(field[0] for field in fields) != _PICK_AND_PLACE:
+        raise ValueError(
+            f"task {number} has not the fields {', '.join(_PICK_AND_PLACE)}: {lines}"
+        )
+    scene, request, *lists, category = (field[1] for field in fields)
+    intended, to, objects, locations, present = (text.split(", ") for text in lists)
+    return {
+        "scene": scene,
+        "request": request,
+        "intended_objects": intended,
+        "intended_locations": to,
+        "objects": objects,
+        "locations": locations,
+        "present": present,
+        "category": category,
+    }
+
+
+def _kitchen_request(row: dict[str, str]) -> KitchenRequest:
+    return {
+        "kitchen": [item.strip() for item in row["environment_short"].split(",")],
+        "request": row["ambiguous_task"].strip(),
+        "clear": row["unambiguous_direct"].strip(),
+        "kind": row["ambiguity_type"].strip(),
+        "question": row["question"].strip(),
+        "answer": row["answer"].strip(),
+        "choices": [line.strip() for line in row["variants"].splitlines() if line],
+        "intent": row["user_intent"].strip(),
+    }
+
+
+def _users_own(name: str, path: Path, source: str, files: dict[str, int]) -> Path:
+    """Check that a file which the user has fetched is the one meant, by its size."""
+    path = Path(path)
+    places = {Path(file).name: (file, size) for file, size in files.items()}
+    if path.name not in places:
+        raise ValueError(
+            f"{name} has no file {path.name!r}: keep upstream's name, one of "
+            f"{', '.join(places)}"
+        )
+    file, size = places[path.name]
+    if not path.is_file():
+        raise DataUnavailable(
+            f"{name} is not among ftlib's data, for we found no licence: there is no "
+            f"{path}. Fetch {source}{file} yourself, {size} bytes, and give its path"
+        )
+    if path.stat().st_size != size:
+        raise DataCorrupt(
+            f"{path} has {path.stat().st_size} bytes, {source}{file} has {size}: "
+            "fetch it again"
+        )
+    return path
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -1,0 +1,339 @@
+"""What CLIPR is compared with: the same user, the same number of turns.
+
+The paper compares with these methods. They are rebuilt here from their own papers so
+that they run with any :class:`ftlib.clipr.reasoners.Reasoner`, or without a model:
+
+===================  ==================  ============================================
+class                stands for          what it does with its turns
+===================  ==================  ============================================
+``ZeroShot``         zero-shot           nothing
+``NearestExamples``  examples in the     has example tasks decided, and does as in
+                     prompt (ICL)        those most alike
+``FrozenSummary``    TidyBot             has example tasks decided, writes rules once
+                                         and never changes them
+``AskFirst``         GATE                asks questions; the bare answers decide
+``Memory``           CIPHER              has its own decisions corrected; keeps a rule
+                                         of each with its task, and uses those of the
+                                         tasks most alike
+``BradleyTerry``     RLHF                has example tasks decided, and fits a reward;
+                                         no policy is trained: it is a stand-in
+``Oracle``           the upper bound     nothing: it is given the hidden rules
+===================  ==================  ============================================
+
+A baseline learns at most once and then decides:
+
+>>> baseline = FrozenSummary(SymbolicReasoner())
+>>> baseline.learn(user, examples, turns=6)
+>>> accuracy(baseline.decide, user.right, tasks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+
+from ftlib.clipr.conversation import History, Question, task_questions
+from ftlib.clipr.models import Usage
+from ftlib.clipr.reasoners import Reasoner
+from ftlib.clipr.refinement import lesson_guessed, lesson_said
+from ftlib.clipr.rules import Rule, RuleSet
+from ftlib.clipr.settings import (
+    NEAREST,
+    REWARD_INVERSE_PENALTY,
+    RefinementSettings,
+)
+from ftlib.clipr.synthesis import Comparison, comparisons
+from ftlib.clipr.tasks import Decision, Option, Task
+from ftlib.clipr.users import SimulatedUser, User
+
+Floats = npt.NDArray[np.float64]
+
+
+class Baseline(Protocol):
+    """Learns from a user in a number of turns, then decides."""
+
+    @property
+    def usage(self) -> Usage:
+        """What it has used so far."""
+        ...
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Learn from at most so many turns of the user."""
+        ...
+
+    def decide(self, task: Task) -> Decision:
+        """Choose an option."""
+        ...
+
+
+def ask(user: User, questions: Iterable[Question], turns: int) -> History:
+    """Ask questions until the turns are used, or the user does not answer."""
+    history = History()
+    for question in questions:
+        if len(history) >= turns or history.stopped:
+            break
+        history = history.add(question, user.answer(question))
+    return history
+
+
+def alike(a: Option, b: Option) -> float:
+    """Return the share of the dimensions of either on which two options agree."""
+    dimensions = {*a.attributes, *b.attributes}
+    same = sum(a.attributes.get(d) == b.attributes.get(d) for d in dimensions)
+    return same / max(1, len(dimensions))
+
+
+def _highest(scores: Sequence[float]) -> Decision:
+    return Decision(int(np.argmax(scores)), tuple(map(float, scores)))
+
+
+# --- that decide by a reasoner ------------------------------------------------
+
+
+class _ByReasoner:
+    """Decides as a reasoner does by rules, of which there are none before learning."""
+
+    def __init__(self, reasoner: Reasoner) -> None:
+        self.reasoner = reasoner
+        self.rules = RuleSet()
+
+    @property
+    def usage(self) -> Usage:
+        """What the reasoner has used so far."""
+        return self.reasoner.usage
+
+    def decide(self, task: Task) -> Decision:
+        """Choose an option by the rules."""
+        return self.reasoner.decide(task, self.rules)
+
+
+class ZeroShot(_ByReasoner):
+    """Decides without any rule: by what the reasoner knows of people in general.
+
+    Without a model that is nothing, and the first option is taken.
+    """
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Learn nothing."""
+
+
+class FrozenSummary(_ByReasoner):
+    """Writes rules once from decided examples, as TidyBot does."""
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Have examples decided, and write rules."""
+        history = ask(user, task_questions(examples), turns)
+        self.rules = self.reasoner.synthesise(history, RuleSet())
+
+
+class AskFirst(_ByReasoner):
+    """Asks first and decides by the bare answers, as GATE does.
+
+    Each answer is taken as it is, for all families: a rule for each value over each
+    other, and for a decided example one for each dimension. Answers that contradict
+    one another add up.
+    """
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Ask the reasoner's questions."""
+        history = History()
+        while len(history) < turns and not history.stopped:
+            question = self.reasoner.ask(examples, history)
+            if question is None:
+                break
+            history = history.add(question, user.answer(question))
+        self.rules = RuleSet(
+            tuple(rule for c in comparisons(history) for rule in _bare(c))
+        )
+
+
+def _bare(comparison: Comparison) -> list[Rule]:
+    better, worse = comparison.better, comparison.worse
+    if comparison.equal:
+        return []
+    return [
+        Rule(dimension, value, worse[dimension], support=1)
+        for dimension, value in better.items()
+        if worse.get(dimension, value) != value
+    ]
+
+
+class Memory(_ByReasoner):
+    """Keeps a rule of each correction, and uses those of similar tasks, as CIPHER does.
+
+    Args:
+        reasoner: decides by the rules that are found.
+        nearest: how many corrections are looked up.
+    """
+
+    def __init__(self, reasoner: Reasoner, nearest: int = NEAREST) -> None:
+        super().__init__(reasoner)
+        self.nearest = nearest
+        self.memory: list[tuple[Task, Rule]] = []
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Decide examples and have those corrected that the user rejects."""
+        spent = 0
+        for task in examples:
+            if spent >= turns:
+                return
+            decision = self.decide(task)
+            if user.accepts(task, decision.index) is not False:
+                continue
+            correction = user.correct(task, decision.index)
+            if correction is None:
+                return
+            spent += 1
+            self.usage.calls += 1  # a model infers the preference behind an edit
+            lesson = lesson_said(correction)
+            if lesson is None:
+                self.usage.problems += bool(correction.reason)
+                lesson = lesson_guessed(RuleSet(), correction, RefinementSettings())
+            if lesson is not None:
+                self.memory.append((task, lesson))
+
+    def decide(self, task: Task) -> Decision:
+        """Merge the rules of the most similar tasks, and choose by them."""
+        self.usage.calls += 1  # a model merges what was looked up
+        near = sorted(self.memory, key=lambda kept: -_tasks_alike(task, kept[0]))
+        rules = RuleSet(tuple(rule for _, rule in near[: self.nearest]))
+        return self.reasoner.decide(task, rules)
+
+
+def _tasks_alike(a: Task, b: Task) -> float:
+    """Return the mean likeness of each option to the most similar one; +1 in family."""
+    likeness = np.array([[alike(p, q) for q in b.options] for p in a.options])
+    return float(likeness.max(axis=1).mean()) + (a.family == b.family)
+
+
+# --- that decide by themselves ------------------------------------------------
+
+
+class NearestExamples:
+    """Does as in the decided examples that are most alike.
+
+    Each option gets, from each of its nearest examples, its likeness to what was chosen
+    less its mean likeness to what was not.
+
+    Args:
+        nearest: how many examples count.
+        likeness: of two options.
+    """
+
+    def __init__(
+        self,
+        nearest: int = NEAREST,
+        likeness: Callable[[Option, Option], float] = alike,
+    ) -> None:
+        self.nearest = nearest
+        self.likeness = likeness
+        self.usage = Usage()
+        self.examples: list[tuple[Task, int]] = []
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Have examples decided."""
+        history = ask(user, task_questions(examples), turns)
+        self.examples = [
+            (question.task, question.values.index(answer.value))
+            for question, answer in history.answered
+            if question.task is not None and answer.value in question.values
+        ]
+
+    def decide(self, task: Task) -> Decision:
+        """Choose an option."""
+        self.usage.calls += 1
+        with self.usage.timed():
+            near = sorted(self.examples, key=lambda kept: -_tasks_alike(task, kept[0]))
+            return _highest(
+                [
+                    sum(self._vote(option, *kept) for kept in near[: self.nearest])
+                    for option in task.options
+                ]
+            )
+
+    def _vote(self, option: Option, example: Task, chosen: int) -> float:
+        likeness = [self.likeness(option, other) for other in example.options]
+        others = likeness[:chosen] + likeness[chosen + 1 :]
+        return likeness[chosen] - sum(others) / len(others)
+
+
+class BradleyTerry:
+    """Fits a reward of the attributes to decided examples: the stand-in for RLHF.
+
+    P(a over b) = σ(r(a) − r(b)), with r linear in the attributes, for all families and
+    for each, and an L2 penalty.
+
+    Args:
+        inverse_penalty: scikit-learn's C.
+    """
+
+    def __init__(self, inverse_penalty: float = REWARD_INVERSE_PENALTY) -> None:
+        self.inverse_penalty = inverse_penalty
+        self.usage = Usage()
+        self.columns: dict[tuple[str | None, str, str], int] = {}
+        self.reward: Floats = np.zeros(0)
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Have examples decided, and fit the reward."""
+        history = ask(user, task_questions(examples), turns)
+        observed = [c for c in comparisons(history) if not c.equal]
+        if not observed:
+            return
+        for family, better, worse, _ in observed:
+            for item in (*better.items(), *worse.items()):
+                for whose in (None, family):
+                    self.columns.setdefault((whose, *item), len(self.columns))
+        x = np.array(
+            [
+                self._features(c.family, c.better) - self._features(c.family, c.worse)
+                for c in observed
+            ]
+        )
+        model = LogisticRegression(C=self.inverse_penalty, fit_intercept=False)
+        # scikit-learn wants both labels: b lost to a as a won over b, each at half.
+        labels = np.repeat([1, 0], len(x))
+        model.fit(np.concatenate([x, -x]), labels, np.full(2 * len(x), 0.5))
+        self.reward = model.coef_[0]
+
+    def decide(self, task: Task) -> Decision:
+        """Choose the option with the highest reward."""
+        self.usage.calls += 1
+        with self.usage.timed():
+            return _highest(
+                [
+                    float(self._features(task.family, o.attributes) @ self.reward)
+                    for o in task.options
+                ]
+            )
+
+    def _features(self, family: str, attributes: Mapping[str, str]) -> Floats:
+        """Return 1 for each attribute, for all families and for this; (columns,)."""
+        features = np.zeros(len(self.columns))
+        for item in attributes.items():
+            for whose in (None, family):
+                if (whose, *item) in self.columns:
+                    features[self.columns[whose, *item]] = 1
+        return features
+
+
+class Oracle:
+    """Decides by a user's hidden rules.
+
+    Args:
+        user: whose rules they are.
+    """
+
+    def __init__(self, user: SimulatedUser) -> None:
+        self.user = user
+        self.usage = Usage()
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Learn nothing."""
+
+    def decide(self, task: Task) -> Decision:
+        """Choose what the user prefers."""
+        return self.user.preferences.decide(task)
