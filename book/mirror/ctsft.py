@@ -99,6 +99,7 @@ from ftlib.ctsft.discovery import (
     Evidence,
     correlation,
     find_circuit,
+    near_zero,
     top_k,
 )
 from ftlib.ctsft.evaluation import questions
@@ -492,10 +493,10 @@ for size in (0.01, 0.1, 1.0):
 # = -\eta\, \frac{m_0}{\sqrt{v_0}} \cdot \frac{\rho}{1 - \rho} ,
 # $$
 #
-# about nine full steps for the usual decay rates. And $v$ fades more slowly than $m$,
-# or there would be no end to it. If instead the optimiser is new and there is no decay,
-# a masked entry has $0 / (0 + \epsilon) = 0$ and stays. Then masking is right, and only
-# wasteful: moments for every weight of the matrix.
+# about nine times its last step for the usual decay rates. And $v$ fades more slowly
+# than $m$, or there would be no end to it. If instead the optimiser is new and there is
+# no decay, a masked entry has $0 / (0 + \epsilon) = 0$ and stays. Then masking is
+# right, and only wasteful: moments for every weight of the matrix.
 
 # %% tags=["nbval-check-output"]
 torch.manual_seed(0)
@@ -1233,18 +1234,22 @@ back to that.
 #
 # Each has a learning rate of its own, and λ too, the best of those tried by the
 # accuracy on other texts of the target, with three seeds of their own that are not
-# reported. *Stopped early* is the checkpoint of an arm that was best on those texts, of
-# eight.
+# reported. *Stopped early* is the checkpoint of an arm, of eight, that was best on such
+# texts of its own seed.
+#
+# The paper trains less than one percent of the weights. In a model this small, with norms
+# and q and o of a third of the heads, it is four.
 #
 # **What we expected**, written down before any of it was run: norms alone are within
 # three points of the circuit in the target, and so are random heads and those near
-# zero. Full fine-tuning is best in the target, and forgets most. At equal change, the
-# arms differ less in what they keep. Our rules agree better with real ablation than the
-# published ones, the circuit is far more faithful than random ones, and it overlaps
-# with the target's own. With 16 examples full fine-tuning loses most. Later, and still
-# before these records, after trials with other seeds: without the embeddings, full
-# fine-tuning is no better than the circuit; and at lower rates the circuit keeps no
-# more than random heads or all weights do.
+# zero. Full fine-tuning is best in the target, and forgets most. At a lower rate,
+# stopped early or drawn back to its start it keeps more. The norms keep the source as
+# well as the circuit does. At equal change, the arms differ less in what they keep. Our
+# rules agree better with real ablation than the published ones, the circuit is far more
+# faithful than random ones, and it overlaps with the target's own. With 16 examples
+# full fine-tuning loses most. Later, and still before these records, after trials with
+# other seeds: without the embeddings, full fine-tuning is no better than the circuit;
+# and at lower rates the circuit keeps no more than random heads or all weights do.
 
 # %% tags=["hide-input"]
 records = results.load("ctsft", "cpu")
@@ -1365,7 +1370,7 @@ print("queries moved in the circuit alone; the rest is bit-identical")
 # when a head is really replaced by its mean. The others are estimates of it, by our
 # rules and by the published ones; the circuit is framed.
 
-# %% mystnb={"image": {"alt": "Three grids of four layers with eight heads. By real ablation three or four heads of the lowest layer and one of the second stand out. By our rules nearly all of the lowest layer does, by the published ones part of it and of the layer above. The ten best heads of each map are framed, and most are in the lowest layer."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three grids of four layers with eight heads. By real ablation three or four heads of the lowest layer and one of the second stand out. By our rules nearly all of the lowest layer does, by the published ones part of it and of the layer above. The ten best heads of each map are framed: by ablation five of them are in the lowest layer, by the scores seven or eight."}} tags=["hide-input"]
 LAYERS, HEADS = TRANSFER.base.layers, TRANSFER.base.heads
 MAPS = {
     "ablation": "real ablation",
@@ -1447,17 +1452,31 @@ f_of = {
     k: discovered.values(f"faithful {k}").mean()
     for k in ("ours", "published", "ablation", "random")
 }
+
+
+def ours_minus_published(stem):
+    """Mean difference within seeds, with its interval."""
+    found = results.bootstrap(
+        discovered.values(f"{stem} ours")
+        - discovered.values(f"{stem} published")
+    )
+    m, low_, high = found[:3]
+    return f"{m:+.2f} [{low_:+.2f}, {high:+.2f}]"
+
+
 Markdown(
     f"""
 On trained models ours agree better with the truth in
-{sum(r["ours"] > r["published"])} of {len(discovered)} seeds, as expected.
-But the gap is far smaller than on random weights, and in **order** the two
-hardly differ. The heads with the highest published scores are as faithful a
-circuit as those with our highest ({f_of["published"]:.2f} and
-{f_of["ours"]:.2f} of the margin). For choosing heads in these models it
-does not matter which rules one takes. Both overrate heads: a score of five
-logits often stands for a real loss of one. When one head is gone others
-give some of its work, and no rule follows that.
+{sum(r["ours"] > r["published"])} of {len(discovered)} seeds, as expected,
+by {ours_minus_published("correlation")} on average. The gap is far smaller
+than on random weights, and in **order** the two hardly differ. The heads
+with the highest published scores are even the slightly more faithful
+circuit ({f_of["published"]:.2f} of the margin, ours minus these
+{ours_minus_published("faithful")}). So for choosing heads our rules are no
+gain in these models. The heads that real ablation ranks highest have
+{f_of["ablation"]:.2f}: neither set of rules is as good as the judge. Both
+overrate heads: a score of five logits often stands for a real loss of one.
+Perhaps other heads do part of a missing head's work, which no rule follows.
 """
 )
 
@@ -1506,6 +1525,13 @@ plt.show()
 # %% tags=["hide-input"]
 sizes = sorted({int(k) for k in discovered.values("heads")})
 few = SIZES.index(6)
+
+
+def at_six(name):
+    """F of the first six heads of a ranking, mean over seeds."""
+    return np.mean([curve_of(r, name)[few] for r in discovered])
+
+
 Markdown(
     f"""
 The circuit is the smallest that has half of the margin on validation: of
@@ -1513,12 +1539,13 @@ The circuit is the smallest that has half of the margin on validation: of
 {sizes[-1] / LAYERS / HEADS:.0%} of all. It has {f_of["ours"]:.0%}. Random
 circuits of the same size have {f_of["random"]:.0%}, and none of the
 {len(discovered)} × {TRANSFER.discovery.draws} drawn has as much as the
-one found. With fewer than eight heads the found ones are no better than
-random ones ({beaten[few]:.0%} are beaten with six): to answer takes several
-steps, and half of a chain does nothing. That is why *k* is chosen by F and
-not given. (F was measured on the texts that chose *k*, so it is a little
-too high at this size. The share of random circuits that it beats does not
-depend on that.)
+one found. With six heads those of our ranking are no better than random
+ones ({beaten[few]:.0%} are beaten), and it is the ranking that fails: the
+first six by the published rules have {at_six("published"):.0%}, and by real
+ablation {at_six("ablation"):.0%}. So a fixed small *k* could have missed;
+ours is chosen by F. (F was measured on the texts that chose *k*, so it is a
+little too high at this size. That larger circuits, up to 24 heads, beat all
+random ones does not depend on it.)
 """
 )
 
@@ -1555,6 +1582,33 @@ chance = np.mean([
     jaccard_by_chance(int(k), LAYERS * HEADS)
     for k in discovered.values("heads")
 ])
+def circuit_by(record, name, choose=top_k):
+    """As many heads as the circuit has, chosen by a recorded map."""
+    k = int(record.metrics["heads"].value)
+    return choose(torch.tensor(map_of(record, name)), k)
+
+
+def jaccard_by_layers(record, name):
+    """Expected overlap of random circuits with as many heads a layer."""
+    chances = np.ones(1)
+    for layer in range(LAYERS):
+        a, b = (
+            sum(h.layer == layer for h in circuit_by(record, x))
+            for x in ("ours", name)
+        )
+        each = hypergeom(HEADS, a, b).pmf(np.arange(HEADS + 1))
+        chances = np.convolve(chances, each)
+    k = int(record.metrics["heads"].value)
+    shared = np.arange(k + 1)
+    return float((chances[: k + 1] * shared / (2 * k - shared)).sum())
+
+
+def in_lowest(name, choose=top_k):
+    """Share of the chosen heads that are in the lowest layer."""
+    chosen = [h for r in discovered for h in circuit_by(r, name, choose)]
+    return np.mean([h.layer == 0 for h in chosen])
+
+
 OTHER_CIRCUITS = {
     "target": "mood, target",
     "tuned": "mood, target,\nfine-tuned",
@@ -1574,26 +1628,31 @@ plt.show()
 
 # %% tags=["hide-input"]
 J = {k: discovered.values(f"jaccard {k}").mean() for k in OTHER_CIRCUITS}
-rho = {
-    k: discovered.values(f"rank correlation {k}").mean()
-    for k in OTHER_CIRCUITS
-}
 carried = {
     k: discovered.values(f"faithful {k}").mean() for k in OTHER_CIRCUITS
 }
+by_layers = {
+    k: np.mean([jaccard_by_layers(r, k) for r in discovered])
+    for k in OTHER_CIRCUITS
+}
+low = in_lowest("ours")
 Markdown(
     f"""
-**The circuit is shared between the languages**, as the paper says: a
+**The circuit is shared between the languages**, as the paper hopes: a
 Jaccard index of {J["target"]:.2f} in the checkpoint and {J["tuned"]:.2f}
-after full fine-tuning, where chance has {chance:.2f}. In the fine-tuned
-model the proxy's heads carry {carried["tuned"]:.0%} of the target's margin.
+after full fine-tuning, where chance has {chance:.2f}. Part of this is the
+layer: {low:.0%} of the circuit is in the lowest, and random heads with as
+many in each layer would overlap by {by_layers["target"]:.2f} and
+{by_layers["tuned"]:.2f}. So there is more to it. The proxy's heads carry
+{carried["target"]:.0%} of the target's margin in the checkpoint, and
+{carried["tuned"]:.0%} in the fine-tuned model.
 
-**Much of it is shared between the questions too** ({J["related"]:.2f},
-rank correlation {rho["related"]:.2f}), and the proxy's mood heads carry
-{carried["related"]:.0%} of the margin of the *topic*. To say what the
-narrator feels, and to say what he speaks of, one must first find out which
-words are his. Heads that matter for one task matter for others. Keep this
-in mind for what follows.
+**With the other question it shares the layer**, and no more that we can
+see: {J["related"]:.2f}, where as many heads in each layer overlap by
+{by_layers["related"]:.2f}. Still the proxy's mood heads carry
+{carried["related"]:.0%} of the margin of the *topic*. Both questions are
+answered through the lowest layer, most of which the circuit takes. Keep
+this in mind for what follows: here *which heads* is nearly *which layer*.
 """
 )
 
@@ -1704,11 +1763,18 @@ the blocks: MLPs and other heads.
 keeps {percent("circuit", "related")}, random heads
 {percent("random", "related")}, those near zero
 {percent("near zero", "related")}, the norms alone
-{percent("norms", "related")}. This is the overlap from above:
-{2 * J["related"] / (1 + J["related"]):.0%} of the topic's best heads are
-the mood's, and what is trained is what changes. The paper claims the
-reverse. LoRA, with as many weights on the same projections, gains and
-forgets as much as the circuit.
+{percent("norms", "related")}. We had expected the norms to be no better
+at keeping the proxy; they are, by far. The circuit has {low:.0%} of its
+heads in the lowest layer, near zero {in_lowest("ours", near_zero):.0%}:
+what all else is built on is what changes. Whether it is the layer or the
+heads we did not separate. **All weights forget still more** of the other
+question: they keep {percent("full", "related")}, and the circuit keeps
+{gap_of("circuit", "full", "related")} points more. That much is as the
+paper says, and as we expected. Of the proxy they keep about as much as the
+circuit ({gap_of("circuit", "full", "source")}). Drawn back to the start
+they keep {percent("full, L2 to start", "related")} of the other question
+and lose little of the target. LoRA, with as many weights on the same
+projections, gains as much as the circuit and forgets nearly as much.
 
 **A lower rate forgets nothing.** All weights at a tenth of the rate reach
 {percent("full, lower rate", "target")} and keep
@@ -1716,8 +1782,8 @@ forgets as much as the circuit.
 {percent("full, lower rate", "related")} of the other question. No arm of
 heads keeps more, and none is clearly better in the target: the circuit is
 {gap_of("circuit", "full, lower rate", "target")} points away. Stopping
-early helps nobody: validation, which has no texts of the proxy, takes a
-late checkpoint.
+early, which we had expected to help, does not: validation, which has no
+texts of the proxy, takes a late checkpoint.
 """
 )
 
@@ -1762,7 +1828,7 @@ plt.show()
 # %% [markdown]
 # The same against the length of the way, ‖Δθ‖:
 
-# %% mystnb={"image": {"alt": "Three panels: target, proxy and the proxy's other question against the length of the way. All arms that train many heads that matter lose most of the other question within a length of ten; random heads, heads near zero and the norms lose little of it on a longer way. Full fine-tuning at the lower rate goes a very short way and gains as much as the circuit."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three panels: target, proxy and the proxy's other question against the length of the way. Full fine-tuning, all but embeddings and the circuit lose most of the other question within a length of ten; LoRA loses as much, on a way of 36. The norms lose a quarter of it; random heads and heads near zero lose little on as long a way or a longer one. Full fine-tuning at the lower rate goes a very short way, of 2.5, gains as much as the circuit and loses nothing."}} tags=["hide-input"]
 fig, axes = plt.subplots(1, 3, figsize=(7.2, 3.6))
 for ax, test in zip(axes, TESTS, strict=True):
     draw_paths(ax, "distance", test)
@@ -1795,11 +1861,13 @@ Markdown(
 {results.markdown_table(rows)}
 
 (Between looks we interpolate.) Less forgetting is *not* just less change:
-at the same length of the way the
-arms keep very different shares of the other question. We had expected them
-to differ less. But ‖Δθ‖ counts a step on a norm like a step on a head, and
-of the heads, those that matter like those that do not. That is most of
-what it shows.
+at the same length of the way the arms keep very different shares of the
+other question. We had expected them to differ less than at the end, and
+they hardly do. At this length the circuit has gained most. But length is a
+poor measure of change: all weights at the lower rate go only
+{mean_of("full, lower rate", "distance"):.1f}, and have gained more by then.
+A step on a norm counts like one on a head, and a step on a head that
+matters like one on a head that does not.
 """
 )
 
@@ -1851,7 +1919,8 @@ for arm in FRONTIER_ARMS:
         for share_ in sorted(RATE_SHARES)
     )
 kept_all = min(x["related"].mean() for x in tenth.values())
-assert kept_all > 0.99
+kept_source = min(x["source"].mean() for x in tenth.values())
+assert min(kept_all, kept_source) > 0.99
 safe = {
     arm: f"{x['target'].mean():.0%}" for arm, x in tenth.items()
 }
@@ -1863,11 +1932,19 @@ def ahead(one, other):
     return f"{found.mean:.1f} points [{found.low:.1f}, {found.high:.1f}]"
 
 
+def more_than(other, test):
+    """The circuit at a tenth of its rate minus an arm at its chosen."""
+    there = at_share(other, 1).values(test)
+    found = results.bootstrap(100 * (tenth["circuit"][test] - there))
+    m, low_, high = found[:3]
+    return f"{m:+.1f} [{low_:+.1f}, {high:+.1f}]"
+
+
 Markdown(
     f"""
-**At a tenth of its rate every arm keeps everything**
-({math.floor(100 * kept_all)} % of the other question, or more), and they
-still differ in what they gain: all weights {safe["full"]}, the circuit
+**At a tenth of its rate every arm keeps nearly everything** (of the
+other question at least {kept_all:.0%}, of the proxy {kept_source:.0%}), and
+they still differ in what they gain: all weights {safe["full"]}, the circuit
 {safe["circuit"]}, LoRA {safe["LoRA"]}, random heads {safe["random"]}, the
 norms alone {safe["norms"]}, heads near zero {safe["near zero"]}. So the
 forgetting above is a matter of the rate, and the rate was chosen by the
@@ -1879,8 +1956,11 @@ norms alone by {ahead("circuit", "norms")}. Among ways to train few weights
 it is a good one. **And all weights are ahead of the circuit**, by
 {ahead("full", "circuit")}. Their curve lies above all others. We had
 expected that at equal gain the circuit keeps no more than random heads.
-These never gain as much, so it cannot be said; but it keeps no more than
-all weights do.
+It does keep more: at a tenth of its rate it gains at least what random
+heads gain at their best, {more_than("random", "target")} points, and keeps
+{more_than("random", "source")} more of the proxy and
+{more_than("random", "related")} of the other question. But it keeps no
+more than all weights do, which gain more.
 """
 )
 
@@ -1920,14 +2000,18 @@ assert mean_of("circuit", "target", easier) > mean_of(
 )
 Markdown(
     f"""
-It did become easier on average: untuned, the checkpoints reach
-{start["easier"].mean():.0%} of the target instead of
-{start["as above"].mean():.0%}. The differences between the arms shrink, as
-expected: the circuit reaches {percent("circuit", "target", easier)}, heads
-near zero {percent("near zero", "target", easier)}, random ones
+It became easier on average, not for every seed: untuned, the checkpoints
+reach {start["easier"].mean():.0%} of the target instead of
+{start["as above"].mean():.0%}, and more in
+{(start["easier"] > start["as above"]).sum()} of {len(start["easier"])}
+seeds. On average the differences between the arms shrink, as expected: the
+circuit reaches {percent("circuit", "target", easier)}, heads near zero
+{percent("near zero", "target", easier)}, random ones
 {percent("random", "target", easier)}, all weights
 {percent("full", "target", easier)}. But heads near zero do not overtake the
-circuit. They keep more, here as there.
+circuit, and it is clearly ahead of random ones
+({gap_of("circuit", "random", "target", easier)}). They keep more, here as
+there.
 """
 )
 
@@ -1972,16 +2056,28 @@ at_16 = {
 assert at_shots("circuit", 16).values("target").mean() < mean_of(
     "base", "target"
 )
+
+
+def behind(other):
+    """The circuit minus another arm in the target, with 16 examples."""
+    one, two = (at_shots(arm, 16).values("target")
+                for arm in ("circuit", other))
+    m, low_, high = results.bootstrap(100 * (one - two))[:3]
+    return f"{m:+.1f} [{low_:+.1f}, {high:+.1f}]"
+
+
 Markdown(
     f"""
 With 16 examples nobody gains much over the untuned checkpoint
 ({percent("base", "target")}): the norms alone have {at_16["norms"]}, all
 weights {at_16["full"]}, random heads {at_16["random"]}, the circuit
 {at_16["circuit"]}, which is less than without any training. We had expected
-full fine-tuning to lose most, and the paper's claim is that CT-SFT is
-strong *above all* with few labels. Here it needs as many labels as all
-weights do, and more than the norms. (Steps and learning rates are those for
-{TRANSFER.shots} examples. With fewer one would train less.)
+all arms to fall from what they have with {TRANSFER.shots}, and all weights
+the most, and they do. But with 16 the circuit is behind them, and the claim
+is that CT-SFT is strong *above all* with few labels: it is
+{behind("full")} points from all weights, and {behind("norms")} from the
+norms. With 32 and 64 they cannot be told apart. (Steps and learning rates
+are those for {TRANSFER.shots} examples. With fewer one would train less.)
 """
 )
 
@@ -2013,9 +2109,11 @@ assert mean_of("o", "related", tensors) > mean_of("circuit", "related")
 Markdown(
     f"""
 The output columns do it: alone, with half as many weights, they gain as
-much ({gained["o"]}, {gained["circuit"]} with q) and forget less. The query
-rows alone gain {gained["q"]}. It helps to change what a head says, and
-hardly to change where it looks. With k and v the target may gain
+much ({gained["o"]}, {gained["circuit"]} with q) and keep more of the other
+question. The query rows alone gain less ({gained["q"]}; the norms without
+any head, at their own rate, have {percent("norms", "target")}). At this
+rate it helps to change what a head says more than where it looks. With k
+and v the target may gain
 ({gained["q k v o"]}), and the proxy pays ({left["q k v o"]} left). These
 four were compared on the test, at one learning rate; to choose by this
 table one would have to do it again on validation.
@@ -2035,9 +2133,12 @@ table one would have to do it again on validation.
 #
 # **What we expected**: the checkpoint has about 60 % of the Indonesian test and 50 % of
 # the Javanese, where the majority label has 38 %. The shots add two to six points, and
-# the arms differ by less than five seeds can tell.
+# the arms differ by less than five seeds can tell. Full fine-tuning loses about three
+# points of the Indonesian, the others less than two. Our rules agree better with
+# ablation than the published ones. The circuit is as near to the one found in Javanese
+# as to one found in other Indonesian texts.
 
-# %% mystnb={"image": {"alt": "Three panels, one row an arm, for stories15m on NusaX. In Javanese and in Indonesian all four arms and the untuned checkpoint overlap, around 0.54 and 0.6. The change is near 0.4 for full fine-tuning, 1.5 for the norms, 2 for the circuit and 6 for random heads."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three panels, one row an arm, for stories15m on NusaX. In Javanese and in Indonesian all four arms and the untuned checkpoint overlap, around 0.57 and 0.6. The change is near 0.4 for full fine-tuning, 1.3 for the norms, 2.3 for the circuit and 6.4 for random heads."}} tags=["hide-input"]
 REAL = benchmarks.SMALL
 real, real_found, real_rates = (
     records.select(experiment=f"nusax{kind} {REAL.base.model}{language}")
@@ -2077,21 +2178,26 @@ Markdown(
 **The circuit is there, in real text too.** {in_real("heads"):.0f} of 36
 heads have {in_real("faithful ours"):.0%} of the margin, random ones
 {in_real("faithful random"):.0%}, and {in_real("beaten"):.0%} of these are
-less faithful. Both sets of rules agree with ablation equally well
-(r = {in_real("correlation ours"):.2f} and
+less faithful. Both sets of rules agree with ablation equally well, where we
+had expected ours to do better (r = {in_real("correlation ours"):.2f} and
 {in_real("correlation published"):.2f}). The circuit found on the Javanese
 translations is nearly the same (Jaccard index
 {in_real("jaccard javanese"):.2f}), as near as the one found on other
-Indonesian texts ({in_real("jaccard again"):.2f}).
+Indonesian texts ({in_real("jaccard again"):.2f}), as expected; chance has
+{jaccard_by_chance(round(in_real("heads")), 36):.2f}.
 
 **What the few texts change cannot be seen.** The checkpoint has
 {percent("base", "source", real)} of the Indonesian test and
-{percent("base", "target", real)} of the Javanese, as expected. With 64
+{percent("base", "target", real)} of the Javanese: the first as expected,
+the second more than the 50 % we had expected. With 64
 Javanese texts the arms change that by {gains["full"]} points (all weights),
 {gains["circuit"]} (circuit), {gains["random"]} (random heads) and
 {gains["norms"]} (norms), where we had expected two to six. Of the
 Indonesian they have {shots_left["full"]}, {shots_left["circuit"]},
-{shots_left["random"]} and {shots_left["norms"]}. The rates were chosen on
+{shots_left["random"]} and {shots_left["norms"]}. We had expected all
+weights to lose about three points of it; they are at
+{gap_of("full", "base", "source", real)}, and random heads at
+{gap_of("random", "base", "source", real)}. The rates were chosen on
 100 texts with two seeds, where the arms did not differ by more than chance
 either; of those for all weights the lowest was chosen. A model that knows
 no Indonesian does not tell these arms apart. That needs the decoders of
@@ -2104,8 +2210,8 @@ scale `gpu`.
 #
 # ### What there is to compare with
 #
-# No table of the paper's could be read. What is reported as numbers fits into three
-# lines, and two of these belong to the decomposition, not to CT-SFT.
+# No table of the paper's could be read. Of CT-SFT two bounds are reported as numbers; all
+# others below belong to the decomposition.
 
 # %% tags=["hide-input"]
 ioi = paper["ioi"]
@@ -2154,9 +2260,10 @@ less faithful than the one found, in the synthetic world, and
 {real_found.values("beaten").mean():.0%} of them in Indonesian. So this part
 of the decomposition's claim holds here too. Of CT-SFT there is one number
 to hold ours against: {kept:g} % and more of the source accuracy is kept.
-Our circuit arm keeps {percent("circuit", "source")} at the rate that is
-best for the target, and {tenth["circuit"]["source"].mean():.0%} at a tenth
-of it; in Indonesian {percent("circuit", "source", real)} is left of
+Our circuit arm keeps {percent("circuit", "source")} at the rate that was
+chosen for the target, {third["circuit"]["source"].mean():.0%} at 0.3 times
+that, with as much gained, and {tenth["circuit"]["source"].mean():.0%} at a
+tenth; in Indonesian {percent("circuit", "source", real)} is left of
 {percent("base", "source", real)}.
 """
 )
@@ -2206,19 +2313,23 @@ verdicts = [
     ["ctsft‑2", "Updating relevant heads and norms suffices",
      "**in part**",
      f"From {percent('base', 'target')} to {percent('circuit', 'target')};"
-     f" all weights {percent('full', 'target')}. Random heads do less,"
-     " LoRA with as many weights does as much."],
+     f" all weights {percent('full', 'target')}"
+     f" ({gap_of('circuit', 'full', 'target')} points): not *better*, as"
+     " version 1 has it, and *competitive*, as version 3, only with all"
+     " weights at a lower rate. LoRA with as many weights does as much."],
     ["ctsft‑3", "Competitive on NusaX, above all with few labels",
-     "**not seen**",
+     "**cannot be told**",
      f"With 16 labels {at_16['circuit']}, untuned"
      f" {percent('base', 'target')}. In Javanese no arm is told apart."
      " Real decoders: scale `gpu`."],
     ["ctsft‑4", "Least forgetting",
-     "**does not hold**",
-     f"At the chosen rates it keeps {percent('circuit', 'related')} of the"
-     f" other question, random heads {percent('random', 'related')}. At"
-     " low rates all keep everything, and all weights gain most. XNLI and"
-     " families: not measured."],
+     "**in part**",
+     f"At equal steps it keeps {percent('circuit', 'related')} of the other"
+     f" question, all weights {percent('full', 'related')}; at equal gain"
+     " it keeps more than random heads, near zero and norms. But all"
+     " weights at a tenth of the rate keep"
+     f" {percent('full, lower rate', 'related')} and gain as much. XNLI and"
+     " model families: not measured."],
 ]
 Markdown(results.markdown_table(verdicts))
 
@@ -2230,7 +2341,9 @@ Markdown(results.markdown_table(verdicts))
 #   which the score, the size of the circuit and the trained tensors are our guesses. If
 #   ours falls short of theirs, one of these guesses is the first suspect.
 # * **The published rules.** On random weights they agree with real ablation less than
-#   simpler rules do. We expected the same of trained models, and wrote it down before.
+#   simpler rules do. We expected the same of trained models. In the small world it is
+#   so, by little; in the model of NusaX both agree equally well; and the circuits they
+#   choose are no worse.
 # * **Which tensors are a head's.** We train rows of $W_q$ and columns of $W_o$. Where
 #   query heads share keys and values, as in Qwen2.5, $W_k$ and $W_v$ do not belong to
 #   one head, and exercise 4 shows what happens if they are trained nevertheless.
@@ -2239,13 +2352,15 @@ Markdown(results.markdown_table(verdicts))
 # **What came out other than we expected**, apart from them:
 #
 # * *Which heads matters more than we thought.* We expected random heads within three
-#   points of the circuit. Where nothing is forgotten they are far behind.
-# * *And for the worse.* Heads that matter for one question matter for the other. An arm
-#   that changes them forgets the other question, and one that changes heads of no use
-#   keeps it. *Least forgetting* and *the right heads* pull in opposite directions here.
+#   points of the circuit. Where nothing is forgotten they are far behind, and at equal
+#   gain they forget more than the circuit.
+# * *At a rate chosen for the target alone it is the reverse.* There the circuit forgets
+#   far more than random heads. Most of it is the lowest layer, which both questions
+#   need. So what looks like *the wrong heads* may be *the lowest layer* or *too high a
+#   rate*, and the second can be had for less.
 # * *The published rules choose as good a circuit.* On random weights they were far
-#   behind. In the trained models the scores differ, and the heads they choose do about
-#   as well.
+#   behind. In the trained models the scores differ, and the heads they choose do a
+#   little better.
 # * *The words are not it.* All weights without the embeddings are as good as with them.
 #
 # Why might ours differ from theirs? The paper's models are large and pretrained; ours
@@ -2282,13 +2397,12 @@ for name, counted in {"labels": EQUAL, "texts": SKEWED}.items():
 
 model = random_weights(tiny_qwen2(40), seed=0)
 torch.manual_seed(5)
-ids, labels = torch.randint(3, 40, (60, 9)), torch.arange(60) % 3
-answers, tried = torch.arange(3), {}
+ids, answers, tried = torch.randint(3, 40, (90, 9)), torch.arange(3), {}
+labels = label_logits(model, {"input_ids": ids}, answers).argmax(-1)
 for name, share in {"balanced": EQUAL, "skewed": SKEWED}.items():
-    chosen = np.repeat(np.arange(3), (20 * share / share.max()).astype(int))
+    n = int((labels.bincount().numpy() / share).min())
     rows = torch.cat([
-        torch.where(labels == c)[0][: int((chosen == c).sum())]
-        for c in range(3)
+        torch.where(labels == c)[0][: int(share[c] * n)] for c in range(3)
     ])
     means = head_means(  # one label for all: each text counts the same
         model, [({"input_ids": ids[rows]}, 0 * labels[rows])], classes=1
@@ -2303,9 +2417,10 @@ print("Qwen2: correlation of the scores by the two means"
 # texts counted, the baseline decides. In the real network, where $L$ depends on the
 # text, little changes. So a skewed mean is not what would spoil a balanced score.
 #
-# **2. Who works against it?** Let ten heads write straight to three logits of a text,
-# five of them for the right label and five, half as strong, against it. Each writes
-# some noise too. Score all of them with and without a clean-up at the end of the block.
+# **2. Who works against it?** Let ten heads write straight to the last residual stream,
+# in which one direction stands for the right label: five write along it, and five, half
+# as strong, against it. Each writes some noise too. Score all of them with and without
+# a clean-up at the end of the block.
 
 # %% tags=["hide-cell", "nbval-check-output"]
 rng = np.random.default_rng(0)
@@ -2485,8 +2600,11 @@ for k in (4, 8, 16):
 # {cite:p}`conneau2018xnli` it goes from English to Swahili, Urdu or Thai.
 #
 # The split of NusaX is the one above: no shot is the translation of a text that the
-# checkpoint was tuned on. If it were, what looks like the transfer of a task could be the
-# memory of a label. The paper's own split is not known to us.
+# checkpoint was tuned on. If it were, what looks like the transfer of a task could be
+# the memory of a label. The texts of validation and test are still translations of one
+# another. Nothing is trained on them, but the checkpoint and the number of heads are
+# chosen on the Indonesian of validation, and rates on its Javanese. The paper's own
+# split is not known to us.
 #
 # **What it can show**: whether the order of the arms in our small world is that of real
 # languages and decoders. **What it cannot**: the paper's numbers, for its settings are
