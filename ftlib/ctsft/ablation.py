@@ -7,7 +7,6 @@ projection, and everything behind that is the model's own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from ftlib.ctsft.batches import (
     LabelledBatch,
     complete,
     evaluating,
-    last_positions,
+    last_logits,
     margins,
 )
 from ftlib.ctsft.heads import Head, all_heads, check_heads
@@ -84,17 +83,8 @@ def label_logits(model: Any, inputs: Inputs, token_ids: Tensor) -> Tensor:
             unless the model gives one row of logits for each example.
         token_ids: the token of each label, or 0, 1, … for a classifier; int64 (C,).
     """
-    inputs = complete(model, inputs)
-    positions = last_positions(inputs["attention_mask"])
-    options: dict[str, Any] = {}
-    # A large vocabulary times all positions would not fit into memory.
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept, positions = positions.unique(return_inverse=True)
-        options["logits_to_keep"] = kept
     with evaluating(model):
-        logits = model(**inputs, **options).logits
-    if logits.dim() == 3:
-        logits = logits[torch.arange(len(logits), device=logits.device), positions]
+        logits = last_logits(model, complete(model, inputs))
     return logits[:, token_ids]
 
 

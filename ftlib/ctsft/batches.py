@@ -53,6 +53,26 @@ def last_positions(mask: Tensor) -> Tensor:
     return (places * mask.bool()).amax(-1)
 
 
+def last_logits(model: Any, inputs: Inputs) -> Tensor:
+    """Return the logits where each example's answer is read, (B, V).
+
+    Args:
+        model: with a head; in the mode it is in, and with gradients if they are on.
+        inputs: with ``attention_mask``. The last token is read, unless the model gives
+            one row of logits for each example.
+    """
+    positions = last_positions(inputs["attention_mask"])
+    options: dict[str, Any] = {}
+    # A large vocabulary times all positions would be most of the memory and work.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept, positions = positions.unique(return_inverse=True)
+        options["logits_to_keep"] = kept
+    logits: Tensor = model(**inputs, **options).logits
+    if logits.dim() == 3:
+        logits = logits[torch.arange(len(logits), device=logits.device), positions]
+    return logits
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, without gradients; then put every module's mode back."""

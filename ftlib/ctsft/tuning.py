@@ -7,7 +7,6 @@ of all norms, or of the norms alone (:class:`ftlib.ops.HeadAdamW`); or adapters.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from ftlib.ctsft.architectures import describe
-from ftlib.ctsft.batches import LabelledBatch, last_positions
+from ftlib.ctsft.batches import LabelledBatch, last_logits
 from ftlib.ctsft.heads import Head, HeadTensor, head_slices, norm_parameters
 from ftlib.ctsft.tasks import Collator, Encoded
 from ftlib.ops.head_adamw import HeadAdamW, Slices, WeightSlice, training_only
@@ -96,14 +95,7 @@ def label_loss(model: Any, batch: tuple[LabelledBatch, Tensor]) -> Tensor:
         batch: inputs and labels, and the token of each label, int64 (C,).
     """
     (inputs, labels), tokens = batch
-    positions = last_positions(inputs["attention_mask"])
-    options: dict[str, Any] = {}
-    # A large vocabulary times all positions would be most of the work.
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept, positions = positions.unique(return_inverse=True)
-        options["logits_to_keep"] = kept
-    logits = model(**inputs, **options).logits
-    logits = logits[torch.arange(len(logits), device=logits.device), positions]
+    logits = last_logits(model, inputs)
     return F.cross_entropy(logits.float(), tokens[labels])
 
 
