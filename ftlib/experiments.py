@@ -32,6 +32,7 @@ METHODS = {
     "caref": "ftlib.caref.experiment",
     "cft": "ftlib.cft.experiment",
     "cgm": "ftlib.cgm.experiment",
+    "clipr": "ftlib.clipr.experiment",
     "ctsft": "ftlib.ctsft.experiment",
 }
 

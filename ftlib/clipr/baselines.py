@@ -17,6 +17,8 @@ class                stands for          what it does with its turns
                                          tasks most alike
 ``BradleyTerry``     RLHF                has example tasks decided, and fits a reward;
                                          no policy is trained: it is a stand-in
+``CorrectedReward``  RLHF, corrected     has its own decisions corrected, and fits the
+                                         same reward to that
 ``Oracle``           the upper bound     nothing: it is given the hidden rules
 ===================  ==================  ============================================
 
@@ -47,7 +49,7 @@ from ftlib.clipr.settings import (
     RefinementSettings,
 )
 from ftlib.clipr.synthesis import Comparison, comparisons
-from ftlib.clipr.tasks import Decision, Option, Task
+from ftlib.clipr.tasks import Correction, Decision, Option, Task
 from ftlib.clipr.users import SimulatedUser, User
 
 Floats = npt.NDArray[np.float64]
@@ -67,6 +69,13 @@ class Baseline(Protocol):
 
     def decide(self, task: Task) -> Decision:
         """Choose an option."""
+        ...
+
+    def told(self, task: Task) -> str | None:
+        """Return what a language model would read about the user before it decides.
+
+        ``None`` if none reads anything.
+        """
         ...
 
 
@@ -110,6 +119,10 @@ class _ByReasoner:
         """Choose an option by the rules."""
         return self.reasoner.decide(task, self.rules)
 
+    def told(self, task: Task) -> str | None:
+        """Return the rules."""
+        return self.rules.to_text()
+
 
 class ZeroShot(_ByReasoner):
     """Decides without any rule: by what the reasoner knows of people in general.
@@ -136,19 +149,33 @@ class AskFirst(_ByReasoner):
     Each answer is taken as it is, for all families: a rule for each value over each
     other, and for a decided example one for each dimension. Answers that contradict
     one another add up.
+
+    Args:
+        reasoner: asks, and decides by the answers.
+        examples: how many of the examples questions are about; ``None`` for all.
     """
+
+    def __init__(self, reasoner: Reasoner, examples: int | None = None) -> None:
+        super().__init__(reasoner)
+        self.examples = examples
+        self.history = History()
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Ask the reasoner's questions."""
         history = History()
         while len(history) < turns and not history.stopped:
-            question = self.reasoner.ask(examples, history)
+            question = self.reasoner.ask(examples[: self.examples], history)
             if question is None:
                 break
             history = history.add(question, user.answer(question))
+        self.history = history
         self.rules = RuleSet(
             tuple(rule for c in comparisons(history) for rule in _bare(c))
         )
+
+    def told(self, task: Task) -> str | None:
+        """Return the conversation."""
+        return self.history.to_text()
 
 
 def _bare(comparison: Comparison) -> list[Rule]:
@@ -199,9 +226,15 @@ class Memory(_ByReasoner):
     def decide(self, task: Task) -> Decision:
         """Merge the rules of the most similar tasks, and choose by them."""
         self.usage.calls += 1  # a model merges what was looked up
+        return self.reasoner.decide(task, self._looked_up(task))
+
+    def told(self, task: Task) -> str | None:
+        """Return the rules of the most similar tasks."""
+        return self._looked_up(task).to_text()
+
+    def _looked_up(self, task: Task) -> RuleSet:
         near = sorted(self.memory, key=lambda kept: -_tasks_alike(task, kept[0]))
-        rules = RuleSet(tuple(rule for _, rule in near[: self.nearest]))
-        return self.reasoner.decide(task, rules)
+        return RuleSet(tuple(rule for _, rule in near[: self.nearest]))
 
 
 def _tasks_alike(a: Task, b: Task) -> float:
@@ -232,14 +265,15 @@ class NearestExamples:
         self.nearest = nearest
         self.likeness = likeness
         self.usage = Usage()
+        self.history = History()
         self.examples: list[tuple[Task, int]] = []
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Have examples decided."""
-        history = ask(user, task_questions(examples), turns)
+        self.history = ask(user, task_questions(examples), turns)
         self.examples = [
             (question.task, question.values.index(answer.value))
-            for question, answer in history.answered
+            for question, answer in self.history.answered
             if question.task is not None and answer.value in question.values
         ]
 
@@ -254,6 +288,10 @@ class NearestExamples:
                     for option in task.options
                 ]
             )
+
+    def told(self, task: Task) -> str | None:
+        """Return all decided examples, as they would stand in a prompt."""
+        return self.history.to_text()
 
     def _vote(self, option: Option, example: Task, chosen: int) -> float:
         likeness = [self.likeness(option, other) for other in example.options]
@@ -279,8 +317,10 @@ class BradleyTerry:
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Have examples decided, and fit the reward."""
-        history = ask(user, task_questions(examples), turns)
-        observed = [c for c in comparisons(history) if not c.equal]
+        self._fit(comparisons(ask(user, task_questions(examples), turns)))
+
+    def _fit(self, said: Iterable[Comparison]) -> None:
+        observed = [c for c in said if not c.equal]
         if not observed:
             return
         for family, better, worse, _ in observed:
@@ -310,6 +350,10 @@ class BradleyTerry:
                 ]
             )
 
+    def told(self, task: Task) -> str | None:
+        """Return ``None``: a reward reads no words."""
+        return None
+
     def _features(self, family: str, attributes: Mapping[str, str]) -> Floats:
         """Return 1 for each attribute, for all families and for this; (columns,)."""
         features = np.zeros(len(self.columns))
@@ -318,6 +362,48 @@ class BradleyTerry:
                 if (whose, *item) in self.columns:
                     features[self.columns[whose, *item]] = 1
         return features
+
+
+class CorrectedReward(BradleyTerry):
+    """The same reward, from corrections: what Adaptive-CLIPR is told, without rules.
+
+    It decides the examples, sees which decisions are rejected, and has those corrected.
+    What was wanted is better than what was decided, and so is, by itself, the value
+    that the user's reason names.
+    """
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Decide examples and have those corrected that the user rejects."""
+        said: list[Comparison] = []
+        spent = 0
+        for task in examples:
+            if spent >= turns:
+                return
+            decision = self.decide(task)
+            if user.accepts(task, decision.index) is not False:
+                continue
+            correction = user.correct(task, decision.index)
+            if correction is None:
+                return
+            spent += 1
+            said += _said(correction)
+            self._fit(said)
+
+
+def _said(correction: Correction) -> list[Comparison]:
+    """Return what a correction and its reason compare."""
+    task, lesson = correction.task, lesson_said(correction)
+    chosen, decided = (
+        task.options[at].attributes for at in (correction.chosen, correction.decided)
+    )
+    whole = Comparison(task.family, chosen, decided)
+    if lesson is None:
+        return [whole]
+    better, worse = (
+        {d: value for d, value in attributes.items() if d == lesson.dimension}
+        for attributes in (chosen, decided)
+    )
+    return [whole, Comparison(task.family, better, worse)]
 
 
 class Oracle:
@@ -336,4 +422,9 @@ class Oracle:
 
     def decide(self, task: Task) -> Decision:
         """Choose what the user prefers."""
+        self.usage.calls += 1
         return self.user.preferences.decide(task)
+
+    def told(self, task: Task) -> str | None:
+        """Return the hidden rules."""
+        return self.user.preferences.to_text()

@@ -222,16 +222,22 @@ class Belief:
                 self.columns[dimension, value] = len(self.columns)
         self.utilities = self._drawn(seed) if utilities is None else utilities
         self.weights = np.full(len(self.utilities), 1 / len(self.utilities))
-        self._examples = examples
+        self.examples = list(examples)
+        self.heard: tuple[tuple[Question, Answer], ...] = ()
         self._choices = self._chosen()
         self._rng = generator(seed, "new imagined users")
 
-    def _chosen(self) -> list[Integers]:
-        """Return each user's choices in the examples."""
-        return [
-            self.outcomes(task.family, [option.attributes for option in task.options])
-            for task in self._examples
-        ]
+    def _chosen(self) -> Floats:
+        """Return whether each user takes each option, (users, options of all tasks)."""
+        return np.concatenate(
+            [
+                _one_hot(
+                    self.outcomes(task.family, [o.attributes for o in task.options])
+                )
+                for task in self.examples
+            ],
+            axis=1,
+        )
 
     def _drawn(self, seed: int) -> Floats:
         """Draw the utilities of users, (users, families, values)."""
@@ -299,49 +305,55 @@ class Belief:
     def information(self, question: Question) -> float:
         """Return the bits on a choice in an example task, the mean over tasks."""
         answers = self.outcomes(question.family, question.choices)
-        return float(
-            np.mean(
-                [
-                    mutual_information(answers, choices, self.weights)
-                    for choices in self._choices
-                ]
-            )
-        )
+        bits = mutual_information(_one_hot(answers), self._choices, self.weights)
+        return bits / len(self.examples)
+
+    def began(self, examples: Sequence[Task], history: History) -> bool:
+        """Return whether what was heard is how this conversation about these began."""
+        begun = history.answered[: len(self.heard)] == self.heard
+        return begun and list(examples) == self.examples
+
+    def hear(self, history: History) -> None:
+        """Make of a conversation what was not heard yet."""
+        for question, answer in history.answered[len(self.heard) :]:
+            self.update(question, answer)
+        self.heard = history.answered
 
 
-def mutual_information(a: Integers, b: Integers, weights: Floats) -> float:
-    """Return I(a; b) in bits, of labels from 0 up that have weights, all (n,)."""
-    shape = int(a.max()) + 1, int(b.max()) + 1
-    cells = np.bincount(a * shape[1] + b, weights / weights.sum(), shape[0] * shape[1])
-    joint = cells.reshape(shape)
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+def _one_hot(labels: Integers) -> Floats:
+    """Return a column for each label from 0 up, (n, labels)."""
+    return np.eye(int(labels.max()) + 1)[labels]
+
+
+def mutual_information(a: Floats, b: Floats, weights: Floats) -> float:
+    """Return I(a; b) in bits, summed if ``b`` is several labels side by side.
+
+    Args:
+        a: a label, one-hot, (n, labels).
+        b: one or several, one-hot each, (n, labels of all).
+        weights: of the n, in any scale.
+    """
+    weighted = a * (weights / weights.sum())[:, None]
+    joint = weighted.T @ b
+    independent = np.outer(weighted.sum(axis=0), joint.sum(axis=0))
     seen = joint > 0
     return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())
 
 
 def next_question(
-    examples: Sequence[Task],
-    questions: Sequence[Question],
-    history: History,
-    settings: ConversationSettings,
-    seed: int = 0,
+    belief: Belief, questions: Sequence[Question], history: History
 ) -> Question | None:
     """Return the question that tells most, or ``None`` if none tells enough.
 
     Args:
-        examples: whose choices are to be learnt about.
+        belief: about the user, after the conversation.
         questions: to choose from; what was asked before is not asked again.
-        history: what was said.
-        settings: how many users are imagined, and what is enough.
-        seed: of the imagined users.
+        history: the conversation.
     """
     asked = {turn.question.text for turn in history}
     left = [question for question in questions if question.text not in asked]
     if not left:
         return None
-    belief = Belief(examples, settings, seed)
-    for question, answer in history.answered:
-        belief.update(question, answer)
     told = [belief.information(question) for question in left]
     best = int(np.argmax(told))
-    return left[best] if told[best] >= settings.enough else None
+    return left[best] if told[best] >= belief.settings.enough else None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ftlib.clipr.conversation import (
+    Belief,
     History,
     Question,
     dimension_questions,
@@ -69,14 +70,21 @@ class SymbolicReasoner:
         self.settings = settings or Settings()
         self.seed = seed
         self.usage = Usage()
+        self._belief: Belief | None = None  # of the last ask, to save time only
 
     def ask(self, examples: Sequence[Task], history: History) -> Question | None:
         """Return the question, about a dimension or an example, that tells most."""
         self.usage.calls += 1
         with self.usage.timed():
             questions = [*dimension_questions(examples), *task_questions(examples)]
-            settings = self.settings.conversation
-            return next_question(examples, questions, history, settings, self.seed)
+            return next_question(self._believed(examples, history), questions, history)
+
+    def _believed(self, examples: Sequence[Task], history: History) -> Belief:
+        """Return the belief after a conversation; what was heard is not heard again."""
+        if self._belief is None or not self._belief.began(examples, history):
+            self._belief = Belief(examples, self.settings.conversation, self.seed)
+        self._belief.hear(history)
+        return self._belief
 
     def synthesise(self, history: History, rules: RuleSet) -> RuleSet:
         """Fit utilities to the answers and round them to rules."""

@@ -7,7 +7,10 @@ seeds from 1000 up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ftlib.training import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,99 @@ class Settings:
     refinement: RefinementSettings = RefinementSettings()
 
 
+# --- experiments --------------------------------------------------------------
+
+World = Literal["kitchens", "manipulation"]
+
+BUDGETS = (6, 12, 24, 48)
+"""Turns of the user that methods are compared at."""
+
+MAIN_BUDGET = 24
+"""Turns where only one number of them is tried."""
+
+
+@dataclass(frozen=True)
+class Temper:
+    """How a simulated user is not ideal.
+
+    Attributes:
+        noise: probability that an answer, a reaction or a correction is wrong.
+        patience: turns after which the user says nothing any more.
+        changes_after: reactions after which the user becomes another; ``None`` for
+            never.
+        gives_reasons: whether a correction says why.
+    """
+
+    noise: float = 0.0
+    patience: int | None = None
+    changes_after: int | None = None
+    gives_reasons: bool = True
+
+
+@dataclass(frozen=True)
+class Population:
+    """Simulated users, and the tasks of each.
+
+    Attributes:
+        world: which tasks.
+        people: users of a seed.
+        examples: tasks to talk about before anything is decided.
+        stream: tasks that are decided while something may still be learnt.
+        test: of new tasks in families that were met, and of families that were not.
+            Mobile Manipulation has all there are.
+        temper: of all users.
+    """
+
+    world: World = "kitchens"
+    people: int = 20
+    examples: int = 24
+    stream: int = 120
+    test: int = 100
+    temper: Temper = Temper()
+
+
+# With fewer imagined users than the default an ask takes a quarter of the time, and in
+# trials with seeds from 1000 up as much was learnt. Questions go on until next to
+# nothing is left to learn, so that it is the budget that ends a conversation.
+TALK = ConversationSettings(candidates=1000, enough=0.005)
+
+
+def within(turns: int, adaptive: bool) -> Settings:
+    """Return settings that keep to a number of turns.
+
+    CLIPR asks questions with all of them, Adaptive-CLIPR with half.
+    """
+    questions = turns // 2 if adaptive else turns
+    conversation = replace(TALK, questions=questions)
+    return Settings(adaptive=adaptive, turns=turns, conversation=conversation)
+
+
 # Of the baselines: examples or corrections that are looked up, and scikit-learn's C of
 # the reward's L2 penalty.
 NEAREST = 5
 REWARD_INVERSE_PENALTY = 1.0
+
+# --- distillation -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How a small language model learns to choose as rules do.
+
+    Attributes:
+        tasks: that the rules label.
+        steps: updates of the adapters.
+        batch_size: tasks in a step.
+        rank: of the adapters; their scale is twice that.
+    """
+
+    tasks: int = 240
+    steps: int = 60
+    batch_size: int = 8
+    rank: int = 16
+
+    def training(self, learning_rate: float, seed: int) -> TrainingSettings:
+        """Settings of a training."""
+        return TrainingSettings.fine_tuning(
+            self.steps, self.batch_size, learning_rate, seed
+        )

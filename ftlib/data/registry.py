@@ -1,8 +1,9 @@
 """The registry of pinned data files, and where they are found.
 
 ``registry.toml`` beside this module holds the files. Each is looked for in the folder
-``FTLIB_DATA_DIR``, then in the user's cache, then at its pinned address, and is handed
-out only if its SHA-256 is the registered one.
+``FTLIB_DATA_DIR``, then in the user's cache, then in ``bundled`` beside this module,
+then at its pinned address, and is handed out only if its SHA-256 is the registered one.
+Bundled is what is small, free to pass on, and not published in the form it is read in.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pooch
 
 from ftlib.data.checksum import sha256
 
+_BUNDLED = Path(__file__).parent / "bundled"
 _TIMEOUT = 15  # seconds without a byte from the network
 
 
@@ -147,7 +149,7 @@ def _folders() -> dict[str, Path]:
     """The folders to look in, by the name they are spoken of."""
     folder = os.environ.get("FTLIB_DATA_DIR")
     named = {"FTLIB_DATA_DIR": Path(folder).expanduser()} if folder else {}
-    return named | {"cache": _cache()}
+    return named | {"cache": _cache(), "ftlib": _BUNDLED}
 
 
 def _verified(path: Path, file: DataFile) -> Path:

@@ -73,18 +73,29 @@ def information_by_hand(pairs):
     )
 
 
+def one_hot(labels):
+    return np.eye(labels.max() + 1)[labels]
+
+
 def test_mutual_information_is_its_definition():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        a, b = rng.integers(0, 4, 30), rng.integers(0, 3, 30)
+        a, b, c = (rng.integers(0, n, 30) for n in (4, 3, 5))
         weights = rng.random(30)
-        pairs = zip(zip(a, b, strict=True), weights / weights.sum(), strict=True)
-        found = mutual_information(a, b, weights)
-        assert found == pytest.approx(information_by_hand(list(pairs)), abs=1e-12)
-    same = np.arange(8)
-    assert mutual_information(same, same, np.ones(8)) == pytest.approx(3)
-    assert mutual_information(same, same % 2, np.ones(8)) == pytest.approx(1)
-    assert mutual_information(same, same * 0, np.ones(8)) == 0
+        both = np.concatenate([one_hot(b), one_hot(c)], axis=1)
+        found = mutual_information(one_hot(a), both, weights)
+        expected = sum(
+            information_by_hand(
+                zip(zip(a, x, strict=True), weights / weights.sum(), strict=True)
+            )
+            for x in (b, c)
+        )
+        assert found == pytest.approx(expected, abs=1e-12)
+    same, even = np.arange(8), np.ones(8)
+    assert mutual_information(one_hot(same), one_hot(same), even) == pytest.approx(3)
+    half = one_hot(same % 2)
+    assert mutual_information(one_hot(same), half, even) == pytest.approx(1)
+    assert mutual_information(one_hot(same), one_hot(same * 0), even) == 0
 
 
 def every_user(examples):
@@ -196,6 +207,28 @@ def test_users_are_renewed_around_those_who_are_left_and_stay_many():
     assert right >= 28  # chance is 14
 
 
+def following(examples, questions, history, settings, seed=0):
+    belief = Belief(examples, settings, seed)
+    belief.hear(history)
+    return next_question(belief, questions, history)
+
+
+def test_a_belief_that_goes_on_is_one_that_hears_all_again():
+    examples = draw(12, seed=6)
+    user = SimulatedUser(draw_rules(Vocabulary.of(examples), 3))
+    going, history = Belief(examples, SETTINGS), History()
+    for question in task_questions(examples):
+        history = history.add(question, user.answer(question))
+        assert going.began(examples, history)
+        going.hear(history)
+    again = Belief(examples, SETTINGS)
+    again.hear(history)
+    np.testing.assert_array_equal(going.utilities, again.utilities)
+    np.testing.assert_array_equal(going.weights, again.weights)
+    assert not going.began(examples, History(history.turns[1:]))
+    assert not going.began(examples[1:], history)
+
+
 def test_the_dimension_that_tells_most_examples_apart_is_asked_about_first():
     examples = [
         task(option(a="1", b="1"), option(a="1", b="2"), id="0"),
@@ -203,27 +236,27 @@ def test_the_dimension_that_tells_most_examples_apart_is_asked_about_first():
         task(option(a="2", b="2"), option(a="1", b="2"), id="2"),
     ]
     questions = dimension_questions(examples)
-    first = next_question(examples, questions, History(), SETTINGS)
+    first = following(examples, questions, History(), SETTINGS)
     assert first.dimension == "a"
     history = History().add(first, Answer("1", "1"))
-    second = next_question(examples, questions, history, SETTINGS)
+    second = following(examples, questions, history, SETTINGS)
     assert second.dimension == "b"
     history = history.add(second, Answer("1", "1"))
-    assert next_question(examples, questions, history, SETTINGS) is None
+    assert following(examples, questions, history, SETTINGS) is None
 
 
 def test_nothing_is_asked_that_tells_too_little():
     examples = [of_materials("glass", "steel")]
     questions = [*dimension_questions(examples), *task_questions(examples)]
     history = History().add(questions[0], Answer("steel", "steel"))
-    assert next_question(examples, questions, history, SETTINGS) is not None
+    assert following(examples, questions, history, SETTINGS) is not None
     enough = ConversationSettings(enough=0.6)
-    assert next_question(examples, questions, history, enough) is None
-    assert next_question(examples, [], History(), SETTINGS) is None
+    assert following(examples, questions, history, enough) is None
+    assert following(examples, [], History(), SETTINGS) is None
 
 
 def test_the_same_seed_asks_the_same():
     examples = draw(8, seed=5)
     questions = task_questions(examples)
-    asked = [next_question(examples, questions, History(), SETTINGS, 1) for _ in "ab"]
+    asked = [following(examples, questions, History(), SETTINGS, 1) for _ in "ab"]
     assert asked[0] == asked[1]
