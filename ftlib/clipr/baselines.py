@@ -18,7 +18,8 @@ class                stands for          what it does with its turns
 ``BradleyTerry``     RLHF                has example tasks decided, and fits a reward;
                                          no policy is trained: it is a stand-in
 ``CorrectedReward``  RLHF, corrected     has its own decisions corrected, and fits the
-                                         same reward to that
+                                         same reward to all of that
+``CorrectedSummary`` CLIPR with examples the same corrections, fitted together to rules
 ``Oracle``           the upper bound     nothing: it is given the hidden rules
 ===================  ==================  ============================================
 
@@ -31,7 +32,7 @@ A baseline learns at most once and then decides:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -47,8 +48,9 @@ from ftlib.clipr.settings import (
     NEAREST,
     REWARD_INVERSE_PENALTY,
     RefinementSettings,
+    SynthesisSettings,
 )
-from ftlib.clipr.synthesis import Comparison, comparisons
+from ftlib.clipr.synthesis import Comparison, comparisons, rules_from
 from ftlib.clipr.tasks import Correction, Decision, Option, Task
 from ftlib.clipr.users import SimulatedUser, User
 
@@ -204,24 +206,14 @@ class Memory(_ByReasoner):
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Decide examples and have those corrected that the user rejects."""
-        spent = 0
-        for task in examples:
-            if spent >= turns:
-                return
-            decision = self.decide(task)
-            if user.accepts(task, decision.index) is not False:
-                continue
-            correction = user.correct(task, decision.index)
-            if correction is None:
-                return
-            spent += 1
+        for correction in corrections(user, self.decide, examples, turns):
             self.usage.calls += 1  # a model infers the preference behind an edit
             lesson = lesson_said(correction)
             if lesson is None:
                 self.usage.problems += bool(correction.reason)
                 lesson = lesson_guessed(RuleSet(), correction, RefinementSettings())
             if lesson is not None:
-                self.memory.append((task, lesson))
+                self.memory.append((correction.task, lesson))
 
     def decide(self, task: Task) -> Decision:
         """Merge the rules of the most similar tasks, and choose by them."""
@@ -365,29 +357,68 @@ class BradleyTerry:
 
 
 class CorrectedReward(BradleyTerry):
-    """The same reward, from corrections: what Adaptive-CLIPR is told, without rules.
-
-    It decides the examples, sees which decisions are rejected, and has those corrected.
-    What was wanted is better than what was decided, and so is, by itself, the value
-    that the user's reason names.
-    """
+    """The same reward, from corrections: what Adaptive-CLIPR is told, without rules."""
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Decide examples and have those corrected that the user rejects."""
         said: list[Comparison] = []
-        spent = 0
-        for task in examples:
-            if spent >= turns:
-                return
-            decision = self.decide(task)
-            if user.accepts(task, decision.index) is not False:
-                continue
-            correction = user.correct(task, decision.index)
-            if correction is None:
-                return
-            spent += 1
+        for correction in corrections(user, self.decide, examples, turns):
             said += _said(correction)
             self._fit(said)
+
+
+class CorrectedSummary(_ByReasoner):
+    """Rules from the same corrections, all of which are kept and fitted together.
+
+    Adaptive-CLIPR has only its rules to remember corrections by.
+
+    Args:
+        reasoner: decides by the rules.
+        settings: how comparisons become rules.
+    """
+
+    def __init__(self, reasoner: Reasoner, settings: SynthesisSettings) -> None:
+        super().__init__(reasoner)
+        self.settings = settings
+
+    def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
+        """Decide examples and have those corrected that the user rejects."""
+        said: list[Comparison] = []
+        for correction in corrections(user, self.decide, examples, turns):
+            said += _said(correction)
+            self.usage.calls += 1
+            self.rules = rules_from(said, RuleSet(), self.settings)
+
+
+def corrections(
+    user: User,
+    decide: Callable[[Task], Decision],
+    examples: Sequence[Task],
+    turns: int,
+) -> Iterator[Correction]:
+    """Decide examples, and have those corrected that the user rejects.
+
+    What is wanted is better than what was decided, and so is, by itself, the value that
+    the user's reason names (:func:`ftlib.clipr.refinement.lesson_said`).
+
+    Args:
+        user: reacts and corrects.
+        decide: as it is when a task comes, with what was learnt from those before.
+        examples: in this order.
+        turns: the most corrections.
+    """
+    spent = 0
+    for task in examples:
+        if spent >= turns:
+            return
+        decision = decide(task)
+        if user.accepts(task, decision.index) is not False:
+            continue
+        correction = user.correct(task, decision.index)
+        if correction is None:
+            return
+        spent += 1
+        yield correction
 
 
 def _said(correction: Correction) -> list[Comparison]:

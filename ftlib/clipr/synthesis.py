@@ -168,7 +168,13 @@ def synthesise(
         rules: those there are; one with more answers against it than for it goes.
         settings: of the model and its rounding.
     """
-    observed = comparisons(history)
+    return rules_from(comparisons(history), rules, settings)
+
+
+def rules_from(
+    observed: Sequence[Comparison], rules: RuleSet, settings: SynthesisSettings
+) -> RuleSet:
+    """:func:`synthesise` from comparisons, wherever they come from."""
     found = rounded(fit(observed, settings), settings.threshold)
     claims = {rule.claim for rule in found}
     kept = [rule for rule in rules if rule.claim not in claims]

@@ -6,6 +6,8 @@ from scipy.optimize import minimize
 from ftlib.clipr.baselines import (
     AskFirst,
     BradleyTerry,
+    CorrectedReward,
+    CorrectedSummary,
     FrozenSummary,
     Memory,
     NearestExamples,
@@ -13,12 +15,13 @@ from ftlib.clipr.baselines import (
     ZeroShot,
     alike,
     ask,
+    corrections,
 )
 from ftlib.clipr.conversation import Question, task_questions
 from ftlib.clipr.loop import accuracy
 from ftlib.clipr.reasoners import SymbolicReasoner
 from ftlib.clipr.rules import Rule, RuleSet, Vocabulary
-from ftlib.clipr.settings import ConversationSettings, Settings
+from ftlib.clipr.settings import ConversationSettings, Settings, SynthesisSettings
 from ftlib.clipr.synthesis import comparisons
 from ftlib.clipr.tasks import Option
 from ftlib.clipr.users import SimulatedUser, UserSettings, draw_rules
@@ -41,6 +44,8 @@ ALL = {
     "ask": lambda: AskFirst(reasoner()),
     "memory": lambda: Memory(reasoner()),
     "reward": BradleyTerry,
+    "corrected reward": CorrectedReward,
+    "corrected summary": lambda: CorrectedSummary(reasoner(), SynthesisSettings()),
 }
 
 
@@ -215,3 +220,57 @@ def test_indifferent_answers_teach_no_reward():
     assert model.columns == {}
     assert model.decide(UNSEEN[0]).index == 0
     assert Question.about_task(UNSEEN[0]).task == UNSEEN[0]
+
+
+def test_only_rejected_decisions_are_corrected():
+    user = SimulatedUser(RuleSet((Rule("material", "steel"),)))
+    examples = [
+        of_materials("steel", "glass", id="1"),  # the first option is right
+        of_materials("glass", "steel", id="2"),
+        of_materials("plastic", "steel", id="3"),
+        of_materials("wood", "steel", id="4"),
+    ]
+    first = ZeroShot(reasoner()).decide
+    found = list(corrections(user, first, examples, turns=2))
+    assert [(c.task.id, c.decided, c.chosen) for c in found] == [
+        ("2", 0, 1),
+        ("3", 0, 1),
+    ]
+    assert (user.turns, user.reactions) == (2, 3)
+
+
+@pytest.mark.parametrize("gives_reasons", [True, False])
+def test_a_reason_is_worth_more_than_a_choice_alone(gives_reasons):
+    user = SimulatedUser(
+        RuleSet((Rule("material", "steel"),)), gives_reasons=gives_reasons
+    )
+    examples = [
+        task(
+            option(material="glass", size="big"), option(material="steel", size="small")
+        )
+    ]
+    for method in (ALL["corrected reward"](), ALL["corrected summary"]()):
+        method.learn(user, examples, 1)
+        by_material = method.decide(of_materials("glass", "steel"))
+        by_size = method.decide(task(option(size="big"), option(size="small")))
+        assert by_material.index == 1
+        # Without a reason the size may have been why.
+        assert by_size.margin < by_material.margin or not gives_reasons
+        if not gives_reasons:
+            assert by_size.index == 1
+
+
+def test_what_a_model_would_read_is_what_was_learnt():
+    user = SimulatedUser(hidden(1))
+    told = {}
+    for name, make in ALL.items():
+        method = make()
+        method.learn(user, EXAMPLES, 6)
+        told[name] = method.told(UNSEEN[0])
+    assert told["zero-shot"] == ""
+    assert told["reward"] is told["corrected reward"] is None
+    assert told["nearest"].count("\n") == 2 * 6 - 1
+    assert told["ask"].startswith("Q: ")
+    assert RuleSet.from_text(told["summary"])
+    assert len(RuleSet.from_text(told["memory"])) <= 5
+    assert Oracle(user).told(UNSEEN[0]) == hidden(1).to_text()
