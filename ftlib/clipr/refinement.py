@@ -169,7 +169,8 @@ def _outweighing(
     if margin > 0 or not agreeing:
         return rules
     heaviest = max(agreeing, key=lambda rule: (rule.specificity, rule.weight))
-    weight = min(settings.max_weight, heaviest.weight - margin + 1)
+    # Rules are read by people: a sum of decimals must not show as 3.9000000000000004.
+    weight = round(min(settings.max_weight, heaviest.weight - margin + 1), 6)
     raised = replace(heaviest, weight=max(weight, heaviest.weight))
     return RuleSet(tuple(raised if rule is heaviest else rule for rule in rules))
 
