@@ -68,6 +68,7 @@ from ftlib.clipr.baselines import (
     Oracle,
     ZeroShot,
 )
+from ftlib.clipr.benchmarks import benchmark_arms, small_arms
 from ftlib.clipr.models import RecordedReplies
 from ftlib.clipr.reasoners import SymbolicReasoner
 from ftlib.clipr.rules import RuleSet, Vocabulary
@@ -105,8 +106,8 @@ _WITHOUT_TURNS = ("zero-shot", "hidden rules")
 def plan(scale: Scale) -> list[Arm]:
     """Return the arms of the method; at gpu those of language models alone."""
     if scale == "cpu":
-        return symbolic_arms()
-    return []
+        return [*symbolic_arms(), *small_arms()]
+    return benchmark_arms()
 
 
 def symbolic_arms(population: Population | None = None) -> list[Arm]:

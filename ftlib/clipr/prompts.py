@@ -1,8 +1,9 @@
 """What models are asked, in our own words; the paper's prompts were not released.
 
-Five prompts: one question to the user, rules from a conversation, better rules from
-corrections, a choice between options, and the answer of a simulated user. Each takes
-what is known and returns the whole text, so that a prompt can be printed and read.
+Six prompts: one question to the user, rules from a conversation, better rules from
+corrections, a choice between options, the options one by one, and the answer of a
+simulated user. Each takes what is known and returns the whole text, so that a prompt
+can be printed and read.
 
 >>> print(choice(task, "Prefer material glass over plastic."))
 """
@@ -20,6 +21,9 @@ from ftlib.clipr.tasks import Correction, Option, Task
 
 NOTHING_TO_ASK = "NONE"
 """What a model writes that has no question."""
+
+YES = "yes"
+"""The answer to :func:`offers` by whose probability options are told apart."""
 
 By = Literal["letter", "name"]
 
@@ -70,6 +74,26 @@ def choice(task: Task, known: str = "", by: By = "letter") -> str:
             for mark, option in zip(marks, task.options, strict=False)
         ),
         f"Answer with one option's {by} alone.\nAnswer:",
+    )
+
+
+def offers(task: Task, known: str = "") -> tuple[str, ...]:
+    """Ask of each option whether a person would take it, in few words.
+
+    The answer that counts is :data:`YES`. Here no option is compared with another: it
+    is for a model that is trained to answer, or too small to read a list.
+
+    Args:
+        task: of which request, family and options are told, and not the scene.
+        known: of the person, in words.
+    """
+    head = f"Request: {_line(task.goal)} ({task.family})"
+    return tuple(
+        _paragraphs(
+            known.strip(),
+            f"{head}\nWould this person take: {_described(option)}? Answer:",
+        )
+        for option in task.options
     )
 
 

@@ -7,10 +7,10 @@ seeds from 1000 up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
-
-from ftlib.training import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -200,19 +200,28 @@ class DistillationSettings:
     """How a small language model learns to choose as rules do.
 
     Attributes:
-        tasks: that the rules label.
         steps: updates of the adapters.
         batch_size: tasks in a step.
         rank: of the adapters; their scale is twice that.
     """
 
-    tasks: int = 240
-    steps: int = 60
+    steps: int = 30
     batch_size: int = 8
-    rank: int = 16
+    rank: int = 8
 
-    def training(self, learning_rate: float, seed: int) -> TrainingSettings:
-        """Settings of a training."""
-        return TrainingSettings.fine_tuning(
-            self.steps, self.batch_size, learning_rate, seed
-        )
+
+STUDENT_TURNS = 12
+"""Questions to a user whose rules are handed on, and choices of one who is copied."""
+
+# The search tries these on seeds from 1000 up, which are not reported.
+TUNING_SEED = 1000
+TRIED_RATES = (1e-3, 3e-3, 1e-2)
+STUDENT_RATES: Mapping[str, float] = MappingProxyType(
+    {
+        "stories15m": 3e-3,
+        # Guesses: at scale gpu no search was run yet.
+        "smollm2-135m": 1e-3,
+        "qwen2.5-0.5b": 1e-3,
+    }
+)
+"""Learning rates by student."""
