@@ -57,6 +57,10 @@ gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the
 	done
 	$(BIN)/ftlib run ctsft --scale gpu --seeds 1 \
 		--experiment "nusax-discovery smollm2-135m"
+	for experiment in distillation reasoners "tidybot words"; do \
+		$(BIN)/ftlib run clipr --scale gpu --seeds 3 \
+			--experiment "$$experiment smollm2-135m" || exit 1; \
+	done
 
 # trl and verl ask for other versions of transformers; what is compared needs neither.
 bench: $(INSTALLED)  ## install the vocabulary head's peers, time it beside them

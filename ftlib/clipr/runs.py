@@ -179,7 +179,8 @@ class Trial(NamedTuple):
         accuracy: share of right decisions, by test.
         turns: answers and corrections that were asked of the person.
         reactions: decisions that the person accepted or rejected without a word.
-        learning_calls: of the reasoner, but for one for each decision on the way.
+        learning_calls: of the reasoner, but for one for each reaction: a decision that
+            a person reacts to would have been made anyway.
         calls: of the reasoner for a decision afterwards, on average.
         tokens: that a language model would read for a decision, on average, estimated
             from the prompt; ``None`` for a method in which none reads anything.
