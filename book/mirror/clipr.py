@@ -1932,12 +1932,12 @@ wrote = alone.values("rules").sum()
 bad = alone.values("learning problems").sum()
 Markdown(
     f"""
-**A large model reads rules**: its own to {placed("tidybot",
-"llm-rule, unseen")}, a person's to {placed("tidybot",
-"human-rule, unseen")}. With the examples instead it has {placed("tidybot",
-"examples, unseen")}, no more than word embeddings that put each thing where
-the most similar one lies ({placed(WORDS, "nearest seen")}). What is above
-both is the written rule.
+**A large model reads rules.** By its own it places
+{placed("tidybot", "llm-rule, unseen")} right, by a person's
+{placed("tidybot", "human-rule, unseen")}. With the examples in place of a
+rule it has {placed("tidybot", "examples, unseen")}, no more than word
+embeddings that put each thing where the most similar one lies
+({placed(WORDS, "nearest seen")}). What is above both is the written rule.
 
 **SmolLM2 does not**, as far as this can tell. In TidyBot's rooms the
 rule changes the share that SmolLM2 places right by {more(WORDS, "rule",
