@@ -91,15 +91,23 @@ def ask(user: User, questions: Iterable[Question], turns: int) -> History:
     return history
 
 
+def decided(history: History) -> list[tuple[Task, int]]:
+    """Return the tasks that a user decided, each with the option's index.
+
+    A task that does not matter to the user has no answer, and is left out.
+    """
+    return [
+        (question.task, question.values.index(answer.value))
+        for question, answer in history.answered
+        if question.task is not None and answer.value in question.values
+    ]
+
+
 def alike(a: Option, b: Option) -> float:
     """Return the share of the dimensions of either on which two options agree."""
     dimensions = {*a.attributes, *b.attributes}
     same = sum(a.attributes.get(d) == b.attributes.get(d) for d in dimensions)
     return same / max(1, len(dimensions))
-
-
-def _highest(scores: Sequence[float]) -> Decision:
-    return Decision(int(np.argmax(scores)), tuple(map(float, scores)))
 
 
 # --- that decide by a reasoner ------------------------------------------------
@@ -263,18 +271,14 @@ class NearestExamples:
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Have examples decided."""
         self.history = ask(user, task_questions(examples), turns)
-        self.examples = [
-            (question.task, question.values.index(answer.value))
-            for question, answer in self.history.answered
-            if question.task is not None and answer.value in question.values
-        ]
+        self.examples = decided(self.history)
 
     def decide(self, task: Task) -> Decision:
         """Choose an option."""
         self.usage.calls += 1
         with self.usage.timed():
             near = sorted(self.examples, key=lambda kept: -_tasks_alike(task, kept[0]))
-            return _highest(
+            return Decision.highest(
                 [
                     sum(self._vote(option, *kept) for kept in near[: self.nearest])
                     for option in task.options
@@ -335,7 +339,7 @@ class BradleyTerry:
         """Choose the option with the highest reward."""
         self.usage.calls += 1
         with self.usage.timed():
-            return _highest(
+            return Decision.highest(
                 [
                     float(self._features(task.family, o.attributes) @ self.reward)
                     for o in task.options

@@ -68,7 +68,7 @@ import torch
 
 from ftlib import data, runtime
 from ftlib.clipr import prompts, tidybot
-from ftlib.clipr.baselines import ask
+from ftlib.clipr.baselines import ask, decided
 from ftlib.clipr.conversation import task_questions
 from ftlib.clipr.distillation import Lesson, Student, lessons, offer_scores
 from ftlib.clipr.embedded import (
@@ -79,7 +79,7 @@ from ftlib.clipr.embedded import (
     like_seen,
 )
 from ftlib.clipr.loop import learn
-from ftlib.clipr.models import LocalModel, RecordedReplies, Usage
+from ftlib.clipr.models import LocalModel, RecordedReplies, Usage, raised
 from ftlib.clipr.prompted import PromptedReasoner
 from ftlib.clipr.reasoners import SymbolicReasoner
 from ftlib.clipr.rules import RuleSet, Vocabulary
@@ -96,7 +96,7 @@ from ftlib.clipr.settings import (
     within,
 )
 from ftlib.clipr.tasks import Decision, Task
-from ftlib.data.registry import data_sets
+from ftlib.data.registry import checksums
 from ftlib.experiments import Arm
 from ftlib.models import load_causal_lm
 from ftlib.models.registry import weights_checksums
@@ -340,12 +340,8 @@ class Reader:
         told = [self.known(task) for task in tasks] if self.reading.rules else nothing
         scores = self._scores(tasks, told)
         if self.reading.calibrated:
-            usual = self._scores(tasks, nothing)
-            scores = [
-                [a - b for a, b in zip(*pair, strict=True)]
-                for pair in zip(scores, usual, strict=True)
-            ]
-        return [Decision(found.index(max(found)), tuple(found)) for found in scores]
+            scores = raised(scores, self._scores(tasks, nothing))
+        return [Decision.highest(found) for found in scores]
 
     def _scores(self, tasks: Sequence[Task], told: Sequence[str]) -> list[list[float]]:
         found = scored(self.model, self.reading.form, tuple(tasks), tuple(told))
@@ -392,11 +388,7 @@ class ByRules:
 def own_choices(person: Person) -> list[Lesson]:
     """Have example tasks decided; to one that does not matter there is no answer."""
     history = ask(person.user, task_questions(person.examples), STUDENT_TURNS)
-    return [
-        Lesson(question.task, (question.values.index(answer.value),))
-        for question, answer in history.answered
-        if question.task is not None and answer.value in question.values
-    ]
+    return [Lesson(task, (index,)) for task, index in decided(history)]
 
 
 TEACHERS: Mapping[str, Callable[[Case], list[Lesson]]] = MappingProxyType(
@@ -696,13 +688,11 @@ def _arm(
     **more: Any,
 ) -> Arm:
     needed = [ENCODER[0] if "encoder" in more else plan.model]
-    sets = data_sets()
-    checksums = {f.path: f.sha256 for each in files for f in sets[each].files}
     return Arm(
         experiment,
         name,
         {**dataclasses.asdict(plan), "turns": STUDENT_TURNS, "arm": name, **more},
         run,
-        data=checksums | weights_checksums(*needed),
+        data=checksums(*files) | weights_checksums(*needed),
         requires=needed,
     )

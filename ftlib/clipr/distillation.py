@@ -203,7 +203,7 @@ class Student(LocalModel):
     def decide_all(self, tasks: Sequence[Task]) -> list[Decision]:
         """:meth:`decide` for many tasks, read in batches."""
         scores = offer_scores(self, tasks, [""] * len(tasks))
-        return [Decision(found.index(max(found)), tuple(found)) for found in scores]
+        return [Decision.highest(found) for found in scores]
 
     def save(self, path: Path) -> None:
         """Write the adapters to a file of safetensors."""

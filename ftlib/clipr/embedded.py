@@ -119,9 +119,7 @@ class EmbeddedReasoner(SymbolicReasoner):
                 (self._opinion(rules[at], names) for at in holding),
                 start=np.zeros(len(names)),
             )
-            return Decision(
-                int(scores.argmax()), tuple(scores.tolist()), tuple(holding)
-            )
+            return Decision.highest(scores.tolist(), tuple(holding))
 
     def _opinion(self, rule: Rule, names: Sequence[str]) -> Floats:
         """Return what a rule adds to the score of each name, (names,)."""

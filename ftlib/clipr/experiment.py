@@ -92,7 +92,7 @@ from ftlib.clipr.settings import (
     World,
     within,
 )
-from ftlib.data.registry import data_sets
+from ftlib.data.registry import checksums
 from ftlib.experiments import Arm
 from ftlib.results import Metric
 from ftlib.runtime import Scale
@@ -170,10 +170,8 @@ def _arm(
         **more,
     }
     run = partial(try_with_all, make, population, turns)
-    checksums = (
-        _checksums("mobile-manipulation") if population.world == "manipulation" else {}
-    )
-    return Arm(experiment, name, settings, run, data=checksums)
+    read = ("mobile-manipulation",) if population.world == "manipulation" else ()
+    return Arm(experiment, name, settings, run, data=checksums(*read))
 
 
 # --- in and out of distribution, by turns ---------------------------------------
@@ -336,7 +334,7 @@ def tidybot_arms() -> list[Arm]:
             f"{condition}, {part}",
             {"condition": condition, "part": part},
             partial(replay, condition, part),
-            data=_checksums("tidybot", "tidybot-replies"),
+            data=checksums("tidybot", "tidybot-replies"),
         )
         for condition in tidybot.CONDITIONS
         for part in get_args(tidybot.Part)
@@ -364,9 +362,3 @@ def replay(condition: tidybot.Condition, part: tidybot.Part, seed: int) -> Metri
     pooled = Metric(sum(trial.right for trial in trials) / asked, asked)
     each = {str(t.scenario.number): float(t.accuracy) for t in trials}
     return {**person_metrics("accuracy", each), "pooled": pooled}
-
-
-def _checksums(*names: str) -> dict[str, str]:
-    """SHA-256 of every file of these data sets."""
-    sets = data_sets()
-    return {file.path: file.sha256 for name in names for file in sets[name].files}

@@ -191,6 +191,16 @@ def votes(reply: str, options: Sequence[str], usage: Usage) -> list[float]:
     return [0.0 if i == chosen else NOT_CHOSEN for i in range(len(options))]
 
 
+def raised(
+    scores: Sequence[Sequence[float]], usual: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Return by how much each option's score is above its usual one, by prompt."""
+    return [
+        [a - b for a, b in zip(*pair, strict=True)]
+        for pair in zip(scores, usual, strict=True)
+    ]
+
+
 # --- recorded replies -----------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from ftlib.clipr import prompts
 from ftlib.clipr.conversation import Answer, History, Question, dimension_questions
-from ftlib.clipr.models import TextModel, Usage, read_choice
+from ftlib.clipr.models import TextModel, Usage, raised, read_choice
 from ftlib.clipr.prompts import By
 from ftlib.clipr.rules import Rule, RuleError, RuleSet, Vocabulary, parse_rule
 from ftlib.clipr.tasks import Correction, Decision, Task
@@ -115,7 +115,7 @@ class PromptedReasoner:
         with self._counting():
             scores = self._scores(tasks, rules.to_text())
         return [
-            Decision(found.index(max(found)), tuple(found), rules.fired(task))
+            Decision.highest(found, rules.fired(task))
             for task, found in zip(tasks, scores, strict=True)
         ]
 
@@ -128,8 +128,7 @@ class PromptedReasoner:
         )
         if not self.calibrated or not known:
             return scores
-        pairs = zip(scores, self._scores(tasks, ""), strict=True)
-        return [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+        return raised(scores, self._scores(tasks, ""))
 
     def _rules(self, prompt: str, known: RuleSet) -> RuleSet:
         rules, notes = read_rules(

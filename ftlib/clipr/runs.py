@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -99,14 +100,20 @@ def _of_manipulation(seed: int) -> Division:
     Validation and test are one part: of both there are few, and nothing is chosen by
     either.
     """
-    tasks = manipulation.object_tasks()
-    parts = divide(tasks, manipulation.STRANGE_OBJECT_FAMILIES)
+    parts = _divided()
     order = generator(seed, "order").permutation(len(parts.train))
     return parts._replace(
         train=[parts.train[at] for at in order],
         validation=[],
         test=parts.validation + parts.test,
     )
+
+
+@functools.cache
+def _divided() -> Division:
+    """Read and divide Mobile Manipulation, once for all people."""
+    tasks = manipulation.object_tasks()
+    return divide(tasks, manipulation.STRANGE_OBJECT_FAMILIES)
 
 
 def inverted(rules: RuleSet, vocabulary: Vocabulary) -> RuleSet:
@@ -156,6 +163,11 @@ class Clipr:
         """What the reasoner has used so far."""
         return self.reasoner.usage
 
+    @property
+    def rules(self) -> RuleSet:
+        """The rules as they are now."""
+        return self.state.rules
+
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Talk about the first tasks; the adaptive variant then decides the others."""
         settings = replace(self.settings, turns=turns)
@@ -165,11 +177,11 @@ class Clipr:
 
     def decide(self, task: Task) -> Decision:
         """Choose an option by the rules."""
-        return self.reasoner.decide(task, self.state.rules)
+        return self.reasoner.decide(task, self.rules)
 
     def told(self, task: Task) -> str | None:
         """Return the rules."""
-        return self.state.rules.to_text()
+        return self.rules.to_text()
 
 
 class Trial(NamedTuple):
@@ -214,8 +226,7 @@ def try_out(method: Baseline, person: Person, turns: int) -> Trial:
         for name, tasks in person.tests.items()
     }
     tests = [task for tasks in person.tests.values() for task in tasks]
-    state = getattr(method, "state", State())
-    rules = getattr(method, "rules", state.rules)
+    batches = method.state.batches if isinstance(method, Clipr) else ()
     return Trial(
         accuracy,
         user.turns,
@@ -223,8 +234,8 @@ def try_out(method: Baseline, person: Person, turns: int) -> Trial:
         learning_calls,
         (method.usage.calls - before) / len(tests),
         _tokens(method, tests),
-        len(rules),
-        tuple(batch.share or 0.0 for batch in state.batches),
+        len(getattr(method, "rules", ())),
+        tuple(batch.share or 0.0 for batch in batches),
     )
 
 

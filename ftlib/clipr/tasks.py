@@ -18,7 +18,7 @@ attributes are ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -130,6 +130,12 @@ class Decision:
     index: int
     scores: tuple[float, ...]
     fired: tuple[int, ...] = ()
+
+    @classmethod
+    def highest(cls, scores: Sequence[float], fired: tuple[int, ...] = ()) -> Decision:
+        """Take the option with the highest score, the first of equal ones."""
+        found = tuple(map(float, scores))
+        return cls(found.index(max(found)), found, fired)
 
     @property
     def margin(self) -> float:

@@ -83,6 +83,11 @@ def _data_set(name: str, table: dict) -> DataSet:
     return DataSet(name, table["what"], table["licence"], files, table.get("how"))
 
 
+def checksums(*names: str) -> dict[str, str]:
+    """Return the SHA-256 of every file of these data sets, by its registered name."""
+    return {file.path: file.sha256 for n in names for file in data_sets()[n].files}
+
+
 def fetch(path: str) -> Path:
     """Return where a registered file lies, downloading it if need be.
 
