@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ def calibrate(
     target: Tensor,
     settings: CalibrationSettings,
     *,
+    base: Generative | None = None,
     strata: Callable[[Samples], Tensor] | None = None,
     directory: Path | None = None,
 ) -> Calibration:
@@ -84,6 +85,7 @@ def calibrate(
         h: maps n samples to their statistics, float [n, d].
         target: float [d].
         settings: which loss, its weight, and how to train.
+        base: the model to stay close to; by default the model as it is now.
         strata: maps samples to the prompt each answers, integer [n], where ``sample``
             deals prompts out in fixed numbers.
         directory: where to keep checkpoints, and the tilt if one is solved; a second
@@ -98,7 +100,8 @@ def calibrate(
         InconsistentModelError: log_prob contradicts sample.
         InfeasibleTargetError, RedundantConstraintError: see ``solve_dual``.
     """
-    base = frozen_copy(model)
+    _require_generative(model)
+    base = frozen_copy(model if base is None else base)
     for module in (model, base):
         module.to(runtime.device())
     target = target.to(runtime.device())
@@ -130,7 +133,8 @@ def _tilt(
     kept = directory / "tilt.json" if directory else None
     if kept and kept.exists():
         return Tilt.from_json(kept.read_text())
-    tilt = solve_dual(statistics(h, base.sample(settings.dual_samples)), target)
+    h_base = statistics(h, base.sample(settings.dual_samples))
+    tilt = solve_dual(h_base, target, kl_weight=settings.dual_ridge)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_name(f"tilt-{os.getpid()}.partial")
@@ -243,12 +247,18 @@ def frozen_copy(model: Model) -> Model:
     Raises:
         TypeError: it lacks ``sample`` or ``log_prob``, or is no ``nn.Module``.
     """
+    _require_generative(model)
+    # A generative module, then: both halves of what Generative cannot say at once.
+    frozen: Any = copy.deepcopy(model)
+    return cast(Model, frozen.requires_grad_(False).eval())
+
+
+def _require_generative(model: object) -> None:
     if not (isinstance(model, nn.Module) and isinstance(model, Generative)):
         raise TypeError(
             f"{type(model).__name__} cannot be calibrated: it must be a "
             "torch.nn.Module with the methods sample(n) and log_prob(samples)"
         )
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def statistics(

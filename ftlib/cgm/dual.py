@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import qr
-from scipy.optimize import linprog, minimize
+from scipy.optimize import brentq, linprog, minimize
 from scipy.special import logsumexp
 from torch import Tensor
 
@@ -22,6 +23,8 @@ Array = NDArray[np.float64]
 # Beyond this tilt (in nats, across the range of α·h) an optimum may be one that has
 # run off to infinity: worth a look with a linear programme.
 _STRONG = 20.0
+# A λ below e⁻¹⁶ ≈ 1e-7 is no penalty on the KL that any training would notice.
+_SMALLEST_LOG_WEIGHT = -16.0
 
 
 class InfeasibleTargetError(ValueError):
@@ -119,6 +122,7 @@ def solve_dual(
 
     looked: list[bool] = []
     spread = np.abs(y).max(0)
+    spread[spread == 0] = 1  # met by every atom; allowed with a ridge
     solution = minimize(
         lambda a: negative_dual(a / spread)[0],
         np.zeros(h.shape[1]),
@@ -126,7 +130,7 @@ def solve_dual(
         hess=lambda a: covariance(a / spread) / np.outer(spread, spread),
         method="trust-exact",
         callback=watch,
-        options={"gtol": 1e-10, "maxiter": 500},
+        options={"gtol": 1e-10, "maxiter": 500, "max_trust_radius": 1e9},
     )
     alpha = solution.x / spread
     log_z, p = tilted(alpha)
@@ -142,6 +146,50 @@ def solve_dual(
         kl=float(p @ (y @ alpha)) - log_z,
         effective_samples=1 / float(p @ p),
     )
+
+
+def choose_kl_weight(
+    h: Tensor | Array, target: Tensor | Array, shortfall: float
+) -> float:
+    """Choose λ of CGM-relax before training, from a pilot sample of the base (ours).
+
+    Relax falls short of the target by λα_λ/2, which the dual with a ridge predicts.
+    This is the largest λ that keeps the root of its mean square over the constraints,
+    √(violation/d), at ``shortfall``; its KL is the smallest that does.
+
+    Args:
+        h: statistics of N base samples, [N, d].
+        target: [d].
+        shortfall: in units of h, positive.
+
+    Raises:
+        InfeasibleTargetError: no λ brings the pilot sample as close as that.
+        ValueError: the base is as close as that already.
+    """
+    h, target, _ = _checked(h, target, None)
+    atoms, counts = np.unique(h, axis=0, return_counts=True)
+
+    def excess(log_weight: float) -> float:
+        weights = counts / len(h)
+        tilt = solve_dual(atoms, target, weights=weights, kl_weight=exp(log_weight))
+        return _root_mean_square(target - tilt.mean) - shortfall
+
+    if _root_mean_square(target - h.mean(0)) <= shortfall:
+        raise ValueError(
+            f"the pilot sample is within {shortfall:g} of the target without training: "
+            "ask for a smaller shortfall"
+        )
+    low, high = 0.0, 1.0
+    while excess(high) < 0:
+        high += 2
+    while excess(low) > 0:
+        low -= 2
+        if low < _SMALLEST_LOG_WEIGHT:
+            raise InfeasibleTargetError(
+                f"no λ brings these {len(h)} samples within {shortfall:g} of the "
+                "target: draw more samples, or allow a larger shortfall"
+            )
+    return exp(brentq(excess, low, high, xtol=1e-3))
 
 
 def balanced_kl(female: Tensor | Array, male: Tensor | Array) -> Array:
@@ -175,6 +223,10 @@ def _checked(
     if not (np.isfinite(h).all() and np.isfinite(target).all()):
         raise ValueError("h and the target must be finite")
     return h, target, w / w.sum()
+
+
+def _root_mean_square(x: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
 
 
 def _float64(x: Tensor | Array) -> Array:

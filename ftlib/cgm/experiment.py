@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ftlib import models, runtime
 from ftlib.cgm import mixture, stories, tales
-from ftlib.cgm.calibrate import Scorer, calibrate, frozen_copy
+from ftlib.cgm.calibrate import calibrate, frozen_copy
 from ftlib.cgm.dual import InfeasibleTargetError, balanced_kl
+from ftlib.cgm.imitation import balanced_rows, imitate
 from ftlib.cgm.language import Continuations, PromptedLM, per_prompt
 from ftlib.cgm.settings import (
     MIXTURE,
@@ -252,24 +253,10 @@ def imitate_balanced(training: TrainingSettings, model: PromptedLM) -> None:
     each profession keeps as many of one gender as of the other.
     """
     drawn = model.sample(training.steps * training.batch_size)
-    kept = drawn[balanced_rows(stories.gender(drawn), drawn.prompt)]
-
-    def loss(scorer: nn.Module, rows: Tensor) -> Tensor:
-        return -scorer(kept[rows]).mean()
-
-    settings = dataclasses.replace(training, shuffle=True)
-    train(Scorer(model), range(len(kept)), loss, settings, label="balanced SFT")
-
-
-def balanced_rows(gender: Tensor, prompt: Tensor) -> Tensor:
-    """Rows with the same number of every (prompt, gender) cell, the first of each."""
-    cells = [
-        torch.nonzero((prompt == k) & (gender == sign)).squeeze(1)
-        for k in prompt.unique()
-        for sign in (1, -1)
-    ]
-    smallest = min(map(len, cells))
-    return torch.cat([cell[:smallest] for cell in cells])
+    gender = stories.gender(drawn)
+    label = torch.where(gender == 0, -1, 2 * drawn.prompt + (gender < 0))
+    kept = balanced_rows(label, 2 * len(stories.TRAINED))
+    imitate(model, drawn[kept], training)
 
 
 def _run_stories(

@@ -56,7 +56,8 @@ class PromptedLM(nn.Module):
         model: a causal language model of transformers.
         prompts: token ids of each prompt.
         max_new_tokens: longest continuation T.
-        end_token: a continuation ends with it, and its probability counts.
+        end_token: a continuation ends with it, and its probability counts; with None
+            every continuation has T tokens.
     """
 
     prompts: Tensor
@@ -67,13 +68,15 @@ class PromptedLM(nn.Module):
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        end_token: int,
+        end_token: int | None,
     ) -> None:
         super().__init__()
         self.model: Any = model
         self.max_new_tokens, self.end_token = max_new_tokens, end_token
         width = max(map(len, prompts))
-        padded = [[end_token] * (width - len(p)) + list(p) for p in prompts]
+        # Padding is never attended to: any token will do.
+        self.padding = 0 if end_token is None else end_token
+        padded = [[self.padding] * (width - len(p)) + list(p) for p in prompts]
         real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         self.register_buffer("prompts", torch.tensor(padded), persistent=False)
         self.register_buffer("real", torch.tensor(real).bool(), persistent=False)
@@ -84,7 +87,7 @@ class PromptedLM(nn.Module):
             top_p=1.0,
             max_new_tokens=max_new_tokens,
             eos_token_id=end_token,
-            pad_token_id=end_token,
+            pad_token_id=self.padding,
         )
         # The checkpoint's own file may ask for top-k or a penalty, and generate fills
         # from there what its argument leaves open.
@@ -102,10 +105,16 @@ class PromptedLM(nn.Module):
             generation_config=self.generation_config,
         )
         missing = prompt.shape[1] + self.max_new_tokens - tokens.shape[1]
-        tokens = F.pad(tokens, (0, missing), value=self.end_token)
-        ended = tokens[:, prompt.shape[1] :] == self.end_token
-        scored = (ended.cumsum(1) - ended.long()) == 0
+        tokens = F.pad(tokens, (0, missing), value=self.padding)
+        scored = self._up_to_end(tokens[:, prompt.shape[1] :])
         return Continuations(tokens, torch.cat([real, scored], 1), scored, index)
+
+    def _up_to_end(self, written: Tensor) -> Tensor:
+        """Mark the tokens [n, T] up to and including the first end token."""
+        if self.end_token is None:
+            return torch.ones_like(written, dtype=torch.bool)
+        ended = written == self.end_token
+        return (ended.cumsum(1) - ended.long()) == 0
 
     def log_prob(self, samples: Continuations) -> Tensor:
         """Log-probability of each continuation given its prompt, float32 [n]."""

@@ -21,6 +21,8 @@ class CalibrationSettings:
             paper's code (``batch_size`` is its n).
         kl_weight: λ of CGM-relax.
         dual_samples: N, base samples the dual is solved on, for the other two losses.
+        dual_ridge: λ of the ridge with which that dual is solved. With 0 it is the
+            constrained problem's, as in the paper; above 0 it always has a solution.
         violation_baseline: subtract a baseline on the violation (relax only).
         score_chunk: samples scored at a time, to bound memory; None for all.
         check_samples: samples drawn first to check that scores match samples; 0 to
@@ -34,6 +36,7 @@ class CalibrationSettings:
     training: TrainingSettings
     kl_weight: float | None = None
     dual_samples: int | None = None
+    dual_ridge: float = 0.0
     violation_baseline: bool = False
     score_chunk: int | None = None
     check_samples: int = 256
@@ -52,6 +55,11 @@ class CalibrationSettings:
             raise ValueError(f"kl_weight (λ) must be positive, not {self.kl_weight}")
         if self.violation_baseline and not relax:
             raise ValueError("violation_baseline belongs to the relax loss")
+        if self.dual_ridge < 0 or (self.dual_ridge and relax):
+            raise ValueError(
+                "dual_ridge belongs to the reward and forward-KL losses and is at "
+                f"least 0, not {self.dual_ridge} with {self.loss}"
+            )
 
 
 def _training(steps: int, batch_size: int, learning_rate: float) -> TrainingSettings:
@@ -206,3 +214,12 @@ TALES: dict[Scale, TaleSettings] = {
         score_chunk=8,
     ),
 }
+
+
+# -- digits ----------------------------------------------------------------------------
+
+
+# -- strings ---------------------------------------------------------------------------
+
+
+# -- diffusion -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ftlib.cgm import calibrate as cgm
-from ftlib.cgm.dual import InfeasibleTargetError
+from ftlib.cgm.dual import InfeasibleTargetError, solve_dual
 from ftlib.cgm.language import PromptedLM
 from ftlib.cgm.mixture import GaussianMixture, right_of_zero, two_bumps
 from ftlib.cgm.settings import CalibrationSettings
@@ -244,10 +244,12 @@ def test_a_diverging_run_stops_with_its_step():
         {"loss": "reward"},
         {"loss": "reward", "dual_samples": 10, "kl_weight": 0.1},
         {"loss": "forward_kl", "dual_samples": 10, "violation_baseline": True},
+        {"loss": "relax", "kl_weight": 0.1, "dual_ridge": 0.1},
+        {"loss": "reward", "dual_samples": 10, "dual_ridge": -0.1},
     ],
 )
 def test_contradictory_settings_are_refused(options):
-    with pytest.raises(ValueError, match=r"λ|N\)|relax"):
+    with pytest.raises(ValueError, match=r"λ|N\)|relax|dual_ridge"):
         CalibrationSettings(training=training(), **options)
 
 
@@ -280,3 +282,30 @@ def test_resuming_continues_bit_for_bit(tmp_path, loss):
     assert straight.history == again.history
     if loss == "reward":
         assert straight.tilt.to_json() == again.tilt.to_json()
+
+
+def test_a_base_of_its_own_is_what_the_model_stays_close_to():
+    """Already calibrated, but far from the base: a strong KL pulls it back."""
+    torch.manual_seed(0)
+    settings = CalibrationSettings("relax", training(), kl_weight=10.0)
+    model, base = two_bumps(0.8), two_bumps(0.5)
+    cgm.calibrate(model, right_of_zero, TARGET, settings, base=base)
+    theory = solve_dual(torch.tensor([[0.0], [1.0]]), TARGET, kl_weight=10.0)
+    reached = float(model.mass_right_of_zero())
+    assert reached == pytest.approx(theory.mean[0], abs=0.02)
+    assert base.logits.requires_grad  # the caller's copy is left alone
+
+
+def test_a_ridge_gives_reward_a_tilt_where_the_dual_has_none():
+    torch.manual_seed(0)
+    settings = CalibrationSettings(
+        "reward", training(), dual_samples=1000, dual_ridge=0.1
+    )
+    model = two_bumps()
+    result = cgm.calibrate(model, right_of_zero, torch.tensor([1.05]), settings)
+    theory = solve_dual(
+        torch.tensor([[0.0], [1.0]]), torch.tensor([1.05]), kl_weight=0.1
+    )
+    assert result.tilt.alpha == pytest.approx(theory.alpha, rel=0.02)
+    reached = float(model.mass_right_of_zero())
+    assert reached == pytest.approx(theory.mean[0], abs=0.02)

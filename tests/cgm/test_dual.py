@@ -10,6 +10,7 @@ from ftlib.cgm.dual import (
     InfeasibleTargetError,
     RedundantConstraintError,
     balanced_kl,
+    choose_kl_weight,
     solve_dual,
 )
 
@@ -166,3 +167,41 @@ def test_a_joint_tilt_of_prompts_and_answers_has_a_smaller_kl():
     weights = np.concatenate([female, male, 1 - female - male]) / 2
     joint = solve_dual(atoms, np.zeros(2), weights=weights).kl
     assert joint < balanced_kl(female, male).mean() - 0.01
+
+
+def test_the_chosen_weight_is_the_largest_with_the_shortfall():
+    """On a coin the fixed point is known: λα_λ = 2·shortfall, α_λ = logit 0.79."""
+    h = np.array([[0.0]] * 500 + [[1.0]] * 500)
+    weight = choose_kl_weight(h, np.array([0.8]), 0.01)
+    assert weight == pytest.approx(0.02 / math.log(0.79 / 0.21), rel=2e-3)
+
+
+def test_the_chosen_weight_keeps_the_root_mean_square_of_many_constraints():
+    rng = np.random.default_rng(0)
+    h = (rng.random((2000, 12)) < rng.uniform(0.2, 0.8, 12)).astype(float)
+    target = np.clip(h.mean(0) + rng.normal(0, 0.1, 12), 0.05, 0.95)
+    weight = choose_kl_weight(h, target, 0.02)
+
+    def shortfall(kl_weight):
+        miss = target - solve_dual(h, target, kl_weight=kl_weight).mean
+        return np.sqrt(np.mean(miss**2))
+
+    assert shortfall(weight) == pytest.approx(0.02, rel=5e-3)
+    assert shortfall(1.1 * weight) > 0.02 > shortfall(0.9 * weight)
+
+
+def test_a_shortfall_out_of_reach_or_already_kept_is_refused():
+    h = np.array([[0.0]] * 90 + [[1.0]] * 10)
+    with pytest.raises(ValueError, match="without training"):
+        choose_kl_weight(h, np.array([0.11]), 0.05)
+    with pytest.raises(InfeasibleTargetError, match="no λ brings these 100 samples"):
+        choose_kl_weight(h, np.array([1.2]), 0.1)
+
+
+def test_a_ridge_solves_what_has_no_solution():
+    h = np.zeros((50, 2))
+    h[:25, 0] = 1
+    target = np.array([0.8, 0.0])  # the second never varies and is met
+    assert solve_dual(h, target, kl_weight=0.1).mean == pytest.approx(
+        [0.746, 0], abs=1e-3
+    )

@@ -141,6 +141,22 @@ def test_a_model_with_lora_samples_what_it_scores(model):
     check_scores(PromptedLM(adapted.eval(), [[4]], LONGEST, END), 1000)
 
 
+def test_without_an_end_token_every_continuation_is_whole(model):
+    whole = PromptedLM(model.model, [[4]], LONGEST, end_token=None)
+    torch.manual_seed(5)
+    samples = whole.sample(200)
+    assert samples.written.shape == (200, LONGEST)
+    assert samples.scored.all()
+    assert (samples.written[:, :-1] == END).any()  # a token like any other
+    rows = torch.arange(LONGEST)
+    logits = model.model(input_ids=samples.tokens[:, :-1]).logits
+    expected = logits.log_softmax(-1)[:, rows, :].gather(2, samples.written[..., None])
+    torch.testing.assert_close(
+        whole.log_prob(samples), expected.sum((1, 2)), rtol=1e-5, atol=1e-5
+    )
+    check_scores(whole, 1000)
+
+
 def test_per_prompt_gives_each_prompt_its_mean():
     prompt = torch.tensor([0, 1, 2] * 10)
     values = torch.randn(30)

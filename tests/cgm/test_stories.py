@@ -86,13 +86,6 @@ def test_gender_reads_the_first_word_only():
     assert stories.gender(samples).tolist() == [1, -1, 0]
 
 
-def test_balanced_rows_hold_every_cell_equally_often():
-    gender = torch.tensor([1, 1, -1, 1, 0, -1, -1, 1, -1, -1])
-    prompt = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0, 1])
-    rows = experiment.balanced_rows(gender, prompt)
-    assert sorted(rows.tolist()) == [0, 1, 2, 3, 5, 6, 7, 8]
-
-
 def test_evaluation_of_an_untouched_model_is_the_base(model):
     torch.manual_seed(2)
     metrics = experiment.evaluate_stories(model, model, 64)
