@@ -13,7 +13,7 @@ from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import qr
+from scipy.linalg import qr, solve_triangular
 from scipy.optimize import brentq, linprog, minimize
 from scipy.special import logsumexp
 from torch import Tensor
@@ -95,7 +95,7 @@ def solve_dual(
     h, weights = h[weights > 0], weights[weights > 0]
     if kl_weight == 0:
         _check_ranges(h, target)
-        _check_rank(h)
+        _check_rank(h, target)
     y = h - target
     log_w = np.log(weights)
 
@@ -254,17 +254,29 @@ def _check_ranges(h: Array, target: Array) -> None:
         )
 
 
-def _check_rank(h: Array) -> None:
-    standardised = (h - h.mean(0)) / h.std(0)
-    _, r, order = qr(standardised, mode="economic", pivoting=True)
+def _check_rank(h: Array, target: Array) -> None:
+    """Look for constraints that follow from others, and whether the targets agree."""
+    centre, spread = h.mean(0), h.std(0)
+    _, r, order = qr((h - centre) / spread, mode="economic", pivoting=True)
     diagonal = np.abs(np.diag(r))
     rank = int((diagonal > diagonal[0] * 1e-10).sum())
-    if rank < h.shape[1]:
-        raise RedundantConstraintError(
-            f"constraint {_names(np.sort(order[rank:]))} follows from the others on "
-            f"these {len(h)} samples ({rank} of {h.shape[1]} are independent); "
-            "leave it out"
+    if rank == h.shape[1]:
+        return
+    free, bound = order[:rank], order[rank:]
+    goal = (target - centre) / spread
+    implied = goal[free] @ solve_triangular(r[:rank, :rank], r[:rank, rank:])
+    missed = np.abs(implied - goal[bound]) > 1e-6 * (1 + np.abs(goal[bound]))
+    if missed.any():
+        raise InfeasibleTargetError(
+            f"constraint {_names(np.sort(bound[missed]))} follows from the others on "
+            f"these {len(h)} samples, and its target contradicts theirs; draw more "
+            "samples, or use CGM-relax, which needs none"
         )
+    raise RedundantConstraintError(
+        f"constraint {_names(np.sort(bound))} follows from the others on "
+        f"these {len(h)} samples ({rank} of {h.shape[1]} are independent); "
+        "leave it out"
+    )
 
 
 def _check_hull(y: Array) -> None:

@@ -2,7 +2,9 @@
 
 ``mixture``: everything exact. ``stories``: template stories, everything but the KL
 exact. ``learning-rate``: how the learning rates of ``stories`` were chosen.
-``tales``: a real language model, measured from its own stories.
+``tales``: a real language model, measured from its own stories. Beyond stories there
+are ``digits_experiment``, ``strings_experiment``, ``diffusion_experiment`` and, for
+what a practitioner has to choose, ``practice_experiment``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ftlib import models, runtime
-from ftlib.cgm import mixture, stories, tales
+from ftlib.cgm import (
+    diffusion_experiment,
+    digits_experiment,
+    mixture,
+    practice_experiment,
+    stories,
+    strings_experiment,
+    tales,
+)
 from ftlib.cgm.calibrate import calibrate, frozen_copy
 from ftlib.cgm.dual import InfeasibleTargetError, balanced_kl
 from ftlib.cgm.imitation import balanced_rows, imitate
@@ -48,7 +58,14 @@ FineTuning = Callable[[PromptedLM], None]
 def plan(scale: Scale) -> list[Arm]:
     """Return the arms of the method at a scale; the small exact worlds: cpu only."""
     exact = [*mixture_arms(), *story_arms(), *learning_rate_arms()]
-    return [*(exact if scale == "cpu" else []), *tale_arms(TALES[scale])]
+    return [
+        *(exact if scale == "cpu" else []),
+        *tale_arms(TALES[scale]),
+        *digits_experiment.arms(scale),
+        *strings_experiment.arms(scale),
+        *practice_experiment.arms(scale),
+        *diffusion_experiment.arms(scale),
+    ]
 
 
 # -- mixture ---------------------------------------------------------------------------

@@ -205,3 +205,21 @@ def test_a_ridge_solves_what_has_no_solution():
     assert solve_dual(h, target, kl_weight=0.1).mean == pytest.approx(
         [0.746, 0], abs=1e-3
     )
+
+
+def test_a_dependent_constraint_is_redundant_or_contradicts_the_others():
+    rng = np.random.default_rng(0)
+    h = rng.random((100, 4))
+    h[:, 3] = 2 * h[:, 0] - h[:, 1] + 1
+    target = np.array([0.5, 0.5, 0.5, 1.5])
+    with pytest.raises(RedundantConstraintError, match="follows from the others"):
+        solve_dual(h, target)
+    with pytest.raises(InfeasibleTargetError, match="its target contradicts theirs"):
+        solve_dual(h, np.array([0.5, 0.5, 0.5, 1.6]))
+
+
+def test_equal_indicators_with_unequal_targets_cannot_be_met():
+    """A cell that no sample fell into, of cumulative indicators."""
+    h = np.array([[1.0, 1.0], [0.0, 0.0]] * 10)
+    with pytest.raises(InfeasibleTargetError, match="its target contradicts theirs"):
+        solve_dual(h, np.array([0.4, 0.6]))
