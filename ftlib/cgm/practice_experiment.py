@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ftlib import runtime
 from ftlib.cgm import objective
 from ftlib.cgm.calibrate import calibrate
 from ftlib.cgm.dual import InfeasibleTargetError, RedundantConstraintError, solve_dual
@@ -163,7 +164,7 @@ def _run_noise(
     plain_relax(problem, dataclasses.replace(settings, training=half))
     pilot = problem.h(problem.base.sample(world.dual_samples))
     tilt = solve_dual(pilot, problem.target, kl_weight=settings.kl_weight)
-    alpha = torch.from_numpy(tilt.alpha).to(problem.target)
+    alpha = torch.from_numpy(tilt.alpha).float().to(runtime.device())
     found = gradient_noise(
         problem.model,
         {
@@ -186,16 +187,17 @@ def relax_estimates(problem: Problem, kl_weight: float) -> Mapping[str, Coeffici
     ``relax, none``: no baseline; ``relax, KL``: on the KL, as in the paper's code;
     ``relax, both``: on the violation too.
     """
+    target = problem.target.to(runtime.device())
 
     def none(paths: Paths, log_prob: Tensor) -> Tensor:
         log_ratio = _log_ratio(problem, paths, log_prob)
-        constraint = objective.violation_coefficients(problem.h(paths), problem.target)
+        constraint = objective.violation_coefficients(problem.h(paths), target)
         return constraint + kl_weight * log_ratio / len(log_ratio)
 
     def with_baselines(violation: bool, paths: Paths, log_prob: Tensor) -> Tensor:
         log_ratio = _log_ratio(problem, paths, log_prob)
         constraint = objective.violation_coefficients(
-            problem.h(paths), problem.target, baseline=violation
+            problem.h(paths), target, baseline=violation
         )
         return constraint + kl_weight * objective.kl_coefficients(log_ratio)
 

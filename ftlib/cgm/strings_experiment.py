@@ -374,11 +374,10 @@ def theory(
         kl_weight: λ of relax, or of the ridge; 0 for the constrained problem.
     """
     base = base_facts(world, seed).counts
-    tilt = partial(_base_tilt, base, problem)
-    optimum = tilt(kl_weight)
+    optimum = _base_tilt(base, problem, kl_weight)
     return {
         "kl_weight": kl_weight,
-        "smallest_kl": Metric(tilt(0.0).kl, world.base_samples),
+        "smallest_kl": Metric(_smallest_kl(base, problem), world.base_samples),
         "predicted_kl": Metric(optimum.kl, world.base_samples),
         "predicted_error": Metric(
             _mean_abs(optimum.mean, problem.target), world.base_samples
@@ -387,6 +386,14 @@ def theory(
             _mean_abs(_mean(problem.h, base), problem.target), world.base_samples
         ),
     }
+
+
+def _smallest_kl(counts: Array, problem: Problem) -> float:
+    """KL of the constrained optimum; not-a-number where a cell of the base is empty."""
+    try:
+        return _base_tilt(counts, problem, 0.0).kl
+    except (InfeasibleTargetError, RedundantConstraintError):
+        return float("nan")
 
 
 def _base_tilt(counts: Array, problem: Problem, kl_weight: float) -> Tilt:
