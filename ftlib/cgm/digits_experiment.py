@@ -329,13 +329,14 @@ def blind_spots(images: Array, problem: Problem) -> Metrics:
     }
 
 
-def real_images(world: DigitSettings, seed: int) -> Metrics:
-    """What :func:`blind_spots` says of real images that the model never saw.
+def real_images(problem: Problem) -> Metrics:
+    """What :func:`blind_spots` says of real images, digits about equally often.
 
-    They are the examiner's, so that ``distance`` is the floor: real against real.
+    They are the generator's, which neither judge nor examiner nor network has seen, so
+    that ``distance`` is the floor: real against real. The model has seen some of them,
+    and ``nearest`` says nothing here.
     """
-    problem = pose(world, seed)
-    return blind_spots(problem.parts.examiner.pixels, problem)
+    return blind_spots(problem.parts.generator.pixels, problem)
 
 
 def _share(of: NDArray[np.bool_]) -> Metric:

@@ -28,11 +28,6 @@ class GradientNoise:
     noise: float
     mean: Tensor
 
-    @property
-    def batches_needed(self) -> float:
-        """Batches whose mean has a noise as large as the signal: noise / signal."""
-        return self.noise / self.signal if self.signal > 0 else float("inf")
-
 
 def gradient_noise(
     model: Generative,

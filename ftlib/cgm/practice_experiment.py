@@ -83,17 +83,12 @@ def in_rounds(
     practice: PracticeSettings, problem: Problem, settings: CalibrationSettings
 ) -> None:
     """The augmented Lagrangian; what it draws between its rounds it saves in steps."""
-    training = settings.training
     drawn = (practice.rounds - 1) * practice.round_samples
-    steps = training.steps - drawn // training.batch_size
-    settings = dataclasses.replace(
-        settings, training=dataclasses.replace(training, steps=steps)
-    )
     augmented_lagrangian(
         problem.model,
         problem.h,
         problem.target,
-        settings,
+        _saving(drawn, settings),
         rounds=practice.rounds,
         samples=practice.round_samples,
     )
@@ -104,6 +99,8 @@ def pilot_aim(
 ) -> None:
     """Relax towards h* + λα̂/2 from the start, with α̂ from a pilot sample (ours).
 
+    The pilot sample is saved in steps.
+
     Raises:
         InfeasibleTargetError, RedundantConstraintError: see ``solve_dual``.
     """
@@ -111,7 +108,18 @@ def pilot_aim(
     pilot = problem.h(problem.base.sample(world.dual_samples))
     alpha = torch.from_numpy(solve_dual(pilot, problem.target).alpha)
     aim = problem.target + settings.kl_weight / 2 * alpha.to(problem.target)
-    calibrate(problem.model, problem.h, aim, settings)
+    plain_relax(
+        dataclasses.replace(problem, target=aim), _saving(world.dual_samples, settings)
+    )
+
+
+def _saving(samples: int, settings: CalibrationSettings) -> CalibrationSettings:
+    """Take off as many steps as draw so many samples."""
+    training = settings.training
+    steps = training.steps - samples // training.batch_size
+    return dataclasses.replace(
+        settings, training=dataclasses.replace(training, steps=steps)
+    )
 
 
 def _run_way(
@@ -169,7 +177,7 @@ def _run_noise(
         problem.model,
         {
             **relax_estimates(problem, settings.kl_weight),
-            **reward_estimates(problem, alpha),
+            **reward_estimates(problem, alpha, tilt.log_z),
         },
         batch_size=world.batch_size,
         batches=practice.noise_batches,
@@ -208,11 +216,13 @@ def relax_estimates(problem: Problem, kl_weight: float) -> Mapping[str, Coeffici
     }
 
 
-def reward_estimates(problem: Problem, alpha: Tensor) -> Mapping[str, Coefficients]:
+def reward_estimates(
+    problem: Problem, alpha: Tensor, log_z: float
+) -> Mapping[str, Coefficients]:
     """Coefficients of CGM-reward without and with its baseline."""
 
     def to_tilt(paths: Paths, log_prob: Tensor) -> Tensor:
-        return _log_ratio(problem, paths, log_prob) - problem.h(paths) @ alpha
+        return _log_ratio(problem, paths, log_prob) - problem.h(paths) @ alpha + log_z
 
     return {
         "reward, none": lambda paths, log_prob: (

@@ -208,6 +208,9 @@ class MaskedDiffusion(nn.Module):
         length: positions of a string.
         steps: unmasking steps.
         width: of the two hidden layers of the network.
+
+    Raises:
+        ValueError: a step would fill in no position.
     """
 
     step_of_rank: Tensor
@@ -225,6 +228,11 @@ class MaskedDiffusion(nn.Module):
             round(length * math.cos(math.pi / 2 * k / steps)) for k in range(steps + 1)
         ]
         sizes = torch.tensor(masked[:-1]) - torch.tensor(masked[1:])
+        if int(sizes.min()) < 1:
+            raise ValueError(
+                f"{steps} steps on a cosine schedule leave one of them without any of "
+                f"the {length} positions: take fewer"
+            )
         schedule = torch.arange(steps).repeat_interleave(sizes)
         self.register_buffer("step_of_rank", schedule, persistent=False)
         # A masked position is all zeros.

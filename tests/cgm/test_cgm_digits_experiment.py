@@ -131,8 +131,9 @@ def test_an_infeasible_dual_is_a_recorded_result():
 
 
 def test_real_images_are_at_the_floor():
-    real = digits_experiment.real_images(TOY, SEED)
-    painted = digits_experiment.evaluate(TOY, digits_experiment.pose(TOY, SEED))
+    problem = digits_experiment.pose(TOY, SEED)
+    real = digits_experiment.real_images(problem)
+    painted = digits_experiment.evaluate(TOY, problem)
     assert real["distance"].value < 0.1 < painted["distance"].value
     assert real["disagreement"].value < 0.12 < painted["disagreement"].value
 

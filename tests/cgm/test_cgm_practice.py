@@ -97,7 +97,7 @@ def test_baselines_leave_the_mean_gradient_as_it_is():
         problem.model,
         {
             **practice.relax_estimates(problem, 0.5),
-            **practice.reward_estimates(problem, alpha),
+            **practice.reward_estimates(problem, alpha, 0.0),
         },
         batch_size=32,
         batches=batches,

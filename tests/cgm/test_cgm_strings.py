@@ -250,3 +250,8 @@ def test_scores_of_another_schedule_are_noticed(model, monkeypatch):
     torch.manual_seed(5)
     with pytest.raises(InconsistentModelError, match="contradicts"):
         check_scores(model, 8192)
+
+
+def test_a_step_without_positions_is_refused():
+    with pytest.raises(ValueError, match="20 steps on a cosine schedule leave one"):
+        MaskedDiffusion(length=100, steps=20, width=4)
