@@ -121,7 +121,7 @@ plt.show()
 # | cgm‑1 | Calibration is a constrained problem: the closest model in KL that meets the constraints | the equations; the mixture |
 # | cgm‑2 | The relax loss, a penalty on miscalibration, cuts the calibration error substantially | all three experiments |
 # | cgm‑3 | The reward loss, calibration as reward fine-tuning, does so too | all three experiments |
-# | cgm‑4 | It holds for hundreds of simultaneous constraints, across proteins, images and language, up to 9 B parameters | language only in this chapter |
+# | cgm‑4 | It holds for hundreds of simultaneous constraints, across proteins, images and language, up to 9 B parameters | language in this chapter; images, sequences and diffusion in the [second part](cgm_beyond.ipynb) |
 #
 # The abstract, the authors' code and their public demo notebook were at hand for this
 # chapter. The result tables of the paper were not, so no number of theirs stands
@@ -793,7 +793,8 @@ plt.show()
 # %% [markdown]
 # A rule follows (ours): choose the shortfall you can live with, solve the dual once on
 # base samples for $\alpha^*$, and set $\lambda = 2 \cdot \text{shortfall} /
-# \alpha^*$. Much smaller values do not buy accuracy, since the noise of the gradient
+# \alpha^*$. (`ftlib.cgm.dual.choose_kl_weight` does it for any number of constraints, with
+# the $\alpha_\lambda$ that belongs to the λ; the second part tries it.) Much smaller values do not buy accuracy, since the noise of the gradient
 # takes over; they buy KL. Mind the units: λ weighs nats against squares of $h$. With a
 # constraint of ±K for each of K prompts, as in the stories, the violation is the *sum* of
 # the squared imbalances while the KL is a *mean* over prompts, so that λ = 1 is small.
@@ -896,8 +897,8 @@ verdicts = [
     [
         "cgm‑4",
         "hundreds of constraints, three modalities, 9 B parameters",
-        "**not tested here**",
-        "eight constraints, language, at most 15 M parameters",
+        "**see the second part**",
+        "here: eight constraints, language, at most 15 M parameters",
     ],
 ]
 Markdown(results.markdown_table(verdicts))
@@ -924,7 +925,7 @@ Markdown(results.markdown_table(verdicts))
 #   noise than a policy gradient. Its cost is hidden in the rejection: it grows with the
 #   rarity of the rarest class, and there is no such thing as a balanced subset when $h$
 #   is continuous in many dimensions. That is where CGM has no rival here, and where
-#   this chapter has not yet been.
+#   this book has not yet been.
 # * **Dealt prompts.** The paper's code deals prompts out in turn and uses the plain
 #   U-statistic. That shrinks the estimated violation by $(n-K)/(n-1)$ (exercise 1): little
 #   at their $n = 512$ and $K = 8$, more in small batches. `ftlib` corrects it.
