@@ -49,6 +49,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import textwrap
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -233,9 +234,12 @@ plt.show()
 # Let $\tau$ be a path and $x$ where it ends. By the chain rule
 #
 # $$
-# \mathrm{KL}\big(p_\theta(\tau)\,\|\,p(\tau)\big) = \mathrm{KL}\big(p_\theta(x)\,\|\,p(x)\big)
-# + \mathbb{E}_{p_\theta}\, \mathrm{KL}\big(p_\theta(\tau \mid x)\,\|\,p(\tau \mid x)\big)
-# \;\ge\; \mathrm{KL}\big(p_\theta(x)\,\|\,p(x)\big).
+# \begin{aligned}
+# \mathrm{KL}\big(p_\theta(\tau)\,\|\,p(\tau)\big)
+# &= \mathrm{KL}\big(p_\theta(x)\,\|\,p(x)\big)
+# + \mathbb{E}_{p_\theta}\, \mathrm{KL}\big(p_\theta(\tau \mid x)\,\|\,p(\tau \mid x)\big) \\
+# &\ge \mathrm{KL}\big(p_\theta(x)\,\|\,p(x)\big).
+# \end{aligned}
 # $$
 #
 # What CGM penalises bounds what we care about. At the optimum nothing is lost: $h$
@@ -273,9 +277,11 @@ plt.show()
 # small. Times λ, and with the square completed, it is
 #
 # $$
-# \lambda\,\mathrm{KL} - \lambda \mu^\top (\mathbb{E}[h] - h^*) + \|\mathbb{E}[h] - h^*\|^2
-# = \big\| \mathbb{E}[h] - t \big\|^2 + \lambda\,\mathrm{KL} + \text{const},
+# \begin{aligned}
+# &\lambda\,\mathrm{KL} - \lambda \mu^\top (\mathbb{E}[h] - h^*) + \|\mathbb{E}[h] - h^*\|^2 \\
+# &\quad = \big\| \mathbb{E}[h] - t \big\|^2 + \lambda\,\mathrm{KL} + \text{const},
 # \qquad t = h^* + \tfrac{\lambda}{2}\mu .
+# \end{aligned}
 # $$
 #
 # It is relax with a **shifted target** (ours). The textbook's update of the
@@ -689,7 +695,7 @@ for name in ("relax", "reward", "ridge reward"):
     try:
         cgm.calibrate(writing.model, writing.h, writing.target, settings)
     except (InfeasibleTargetError, RedundantConstraintError) as refusal:
-        print(f"{name}: {refusal}")
+        print(textwrap.fill(f"{name}: {refusal}", 76))
         continue
     torch.manual_seed(1)
     drawn = writing.model.sample(8192)
@@ -849,20 +855,19 @@ nobody looks.
 
 One expectation was wrong. Reward is not as good as relax on few
 constraints: at 8 of them its error is {string("reward d=8", "error"):.3f}
-against {string("relax d=8", "error"):.3f}, and $\\hat\\alpha$ alone is not
-to blame: tilts of the laboratory chain, an easier base, from as many
-samples have an exact error of {tilt_error:.3f}. One reason may be the
-model. It draws all positions of a step independently, and the tilt would
-have them depend on one another: when the last twelve residues decide
-whether a limit is kept, they must decide it together. No $\\theta$ gives
-$p_{{\\hat\\alpha}}$, and the closest model to a distribution out of reach
-may miss the target. Exercise 4 shows that this happens, on strings of five
-residues, without samples and without noise. Another may be short training;
-at this length we have not separated the two. Relax sees the miss while it
-trains, and pays with KL; so the smallest KL in the figure may be a bound
-that this model cannot attain. That the model cannot choose its order shows
-no cost: to second order {in_seeds("strings", "base", "order_cost", 3)}
-nats.
+against {string("relax d=8", "error"):.3f}, and α̂ alone is not to blame:
+tilts of the laboratory chain, an easier base, from as many samples have an
+exact error of {tilt_error:.3f}. One reason may be the model. It draws all
+positions of a step independently, and the tilt would have them depend on
+one another: when the last twelve residues decide whether a limit is kept,
+they must decide it together. No weights give that tilt, and the closest
+model to a distribution out of reach may miss the target. Exercise 4 shows
+that this happens, on strings of five residues, without samples and without
+noise. Another may be short training; at this length we have not separated
+the two. Relax sees the miss while it trains, and pays with KL; so the
+smallest KL in the figure may be a bound that this model cannot attain. That
+the model cannot choose its order shows no cost: to second order
+{in_seeds("strings", "base", "order_cost", 3)} nats.
 
 What no constraint mentions should stay as it was. Compared with base
 strings of the same cell, strings of the calibrated models have
@@ -930,11 +935,12 @@ plt.show()
 # $$
 # x_{k+1} = x_k + \Delta s_k \Big(\underbrace{\tfrac{x_k}{2} + \nabla \log p_k(x_k)}_{
 # \text{analytic}} + \underbrace{f_\theta(x_k, k)}_{\text{trained}}\Big)
-# + \sqrt{\Delta s_k}\; \varepsilon_k , \qquad \varepsilon_k \sim N(0, 1).
+# + \sqrt{\Delta s_k}\; \varepsilon_k
 # $$
 #
-# The score of a noised mixture is in closed form. The network $f_\theta$ starts at
-# zero, so that the model starts *as* the base, with a KL of exactly zero.
+# with $\varepsilon_k \sim N(0, 1)$. The score of a noised mixture is in closed
+# form. The network $f_\theta$ starts at zero, so that the model starts *as* the
+# base, with a KL of exactly zero.
 #
 # ### The log-ratio
 #
@@ -1000,8 +1006,10 @@ print("log-ratio of two Gaussian chains = Girsanov:", by_hand.shape)
 # coincidence):
 #
 # $$
-# f^*(x, k) = \nabla_x \log \mathbb{E}\!\left[e^{\alpha h(x_T)} \mid x_k = x\right]
-# = \nabla_x \log\!\big(1 + (e^\alpha - 1)\, P(x_T > 0 \mid x_k = x)\big).
+# \begin{aligned}
+# f^*(x, k) &= \nabla_x \log \mathbb{E}\!\left[e^{\alpha h(x_T)} \mid x_k = x\right] \\
+# &= \nabla_x \log\!\big(1 + (e^\alpha - 1)\, P(x_T > 0 \mid x_k = x)\big).
+# \end{aligned}
 # $$
 #
 # For a mixture the probability is in closed form. So we know not only where
@@ -1183,8 +1191,8 @@ as well. Reward with N = {max(SDE_WORLD.dual_samples):,} ends at a mass of
 mass costs {diffusion.bernoulli_kl(path(big, "mass"), 0.5):.3f} at least.
 
 Without quadrature the KL of paths is estimated from samples, and there are
-two ways: the mean log-ratio, and $\\tfrac12\\sum_k u_k^2$, which leaves out
-a sum of mean zero (the paper's code uses it for its figures). From the same
+two ways: the mean log-ratio, and ½ Σ u², which leaves out a sum of mean
+zero (the paper's code uses it for its figures). From the same
 {SDE_WORLD.evaluation_samples:,} paths the second has {ratio:.1f} times
 smaller errors, for nothing.
 """
@@ -1254,11 +1262,11 @@ one dimension to {at("relax", most_dimensions, "mean_abs_error"):.3f} in
 the paper's script takes 20 million. Its KL per coordinate is
 {at("relax", most_dimensions, "kl_per_coordinate"):.2f} nats, where
 {predicted.kl:.2f} is the theory at this λ. Reward has no solution in any
-seed from D = {lost} on. We had expected that later; $Ne^{{-0.2D}}$ must be
-many more than $D$, not one. Where it has one, its error is larger than that
-of relax: {at("reward", 1, "mean_abs_error"):.3f} at D = 1, with a learning
-rate that was tuned for relax. With a ridge it always has a solution, and
-from D = {lost} on a bad one:
+seed from D = {lost} on. We had expected that later: the samples that count
+must be many more than D, not one. Where it has one, its error is larger
+than that of relax: {at("reward", 1, "mean_abs_error"):.3f} at D = 1, with a
+learning rate that was tuned for relax. With a ridge it always has a
+solution, and from D = {lost} on a bad one:
 {at("ridge reward", most_dimensions, "mass"):.2f} of the mass on average and
 {at("ridge reward", most_dimensions, "kl_per_coordinate"):.2f} nats a
 coordinate at D = {most_dimensions}.
@@ -1374,17 +1382,17 @@ tail_share = near.sum() / right.sum()
 drawn = SDE_WORLD.rare_training.steps * SDE_WORLD.rare_training.batch_size
 Markdown(
     f"""
-At the smallest $p$, {rarest:g}, plain relax ends near the target in
+At the smallest *p*, {rarest:g}, plain relax ends near the target in
 {close_to_target("relax", rarest)} seeds, the annealed target in
 {close_to_target("annealed target", rarest)}, the annealed event in
 {close_to_target("annealed event", rarest)}, reward in
 {close_to_target("reward", rarest)}. Annealing the target did not help, as
-expected; at the smallest $p$ it hurts, perhaps because its first stages ask
+expected; at the smallest *p* it hurts, perhaps because its first stages ask
 for targets that hardly differ from the base. Annealing the event works, but
 no better than plain relax, at as much KL or more.
 
 And plain relax works, which we had not expected. One reason is that the
-event is not as rare as $p$: the base has {untouched.base_mass:.1e} right of
+event is not as rare as *p*: the base has {untouched.base_mass:.1e} right of
 zero, and {tail_share:.0%} of that lies below 0.5 and is not the right bump
 but the tail of the left one, a little widened by the discrete steps. Of the
 {drawn:,} paths of a training the base alone would bring
