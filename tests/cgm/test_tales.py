@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_the_gpu_scale_runs_unattended_on_any_device(
     monkeypatch.setenv("FTLIB_MODEL_DIR", str(model_folder))
     monkeypatch.setenv("FTLIB_DEVICE", "cpu")
     monkeypatch.setitem(TALES, "gpu", TOY)
-    recorded = run_plan("cgm", "gpu", range(1), directory=tmp_path)
+    run = partial(run_plan, "cgm", "gpu", range(1), experiment="tales")
+    recorded = run(directory=tmp_path)
     assert recorded.arms() == ["base", "relax λ=0.1, baseline", "reward N=256"]
     stored = read(tmp_path / "cgm" / "gpu.json")
     assert [r.key for r in stored] == [r.key for r in recorded]
@@ -80,7 +82,7 @@ def test_the_gpu_scale_runs_unattended_on_any_device(
     assert base.metrics["kl"].value == pytest.approx(0, abs=1e-6)
     assert recorded.select(arm="relax λ=0.1, baseline")[0].metrics["kl"].value > 0
     before = json.loads((tmp_path / "cgm" / "gpu.json").read_text())
-    run_plan("cgm", "gpu", range(1), directory=tmp_path)  # finds all of it done
+    run(directory=tmp_path)  # finds all of it done
     assert json.loads((tmp_path / "cgm" / "gpu.json").read_text()) == before
 
 
