@@ -44,7 +44,7 @@ gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the
 	for script in vocabulary_head decomposition head_adamw; do \
 		$(BIN)/python benchmarks/$$script.py --scale gpu || exit 1; \
 	done
-	$(BIN)/ftlib run cgm --scale gpu --seeds 3
+	$(BIN)/ftlib run cgm --scale gpu --seeds 3 --experiment tales
 	$(BIN)/ftlib run cft --scale gpu --seeds 3 --experiment gsm8k
 	$(BIN)/ftlib run cft --scale gpu --seeds 1 --experiment gsm8k-learning-rate
 	for model in opus-mt-en-fr smollm2-135m; do for task in esnli comve cose; do \
@@ -61,6 +61,7 @@ gpu: $(INSTALLED)  ## run every method and benchmark at scale gpu and record the
 		$(BIN)/ftlib run clipr --scale gpu --seeds 3 \
 			--experiment "$$experiment smollm2-135m" || exit 1; \
 	done
+	$(BIN)/ftlib run cgm --scale gpu --seeds 3
 
 # trl and verl ask for other versions of transformers; what is compared needs neither.
 bench: $(INSTALLED)  ## install the vocabulary head's peers, time it beside them
