@@ -21,11 +21,7 @@ from ftlib.bases import base_path, kept_base
 from ftlib.cgm import digits, objective
 from ftlib.cgm.calibrate import calibrate, chunks, frozen_copy
 from ftlib.cgm.digits import Images, Painter, Parts, Viewers
-from ftlib.cgm.dual import (
-    InfeasibleTargetError,
-    RedundantConstraintError,
-    choose_kl_weight,
-)
+from ftlib.cgm.dual import DualError, choose_kl_weight
 from ftlib.cgm.imitation import balanced_rows, imitate
 from ftlib.cgm.language import Continuations
 from ftlib.cgm.settings import (
@@ -135,8 +131,8 @@ def _pretrain(world: DigitSettings, seed: int, directory: Path) -> Painter:
 @lru_cache(maxsize=4)
 def base_shares(world: DigitSettings, seed: int) -> Array:
     """The judge's share of every digit among many samples of a base, float64 [10]."""
-    problem = pose(world, seed)
     with torch.random.fork_rng():
+        problem = pose(world, seed)
         torch.manual_seed(seed)
         images = paint(problem.base, world.base_samples)[1]
     return shares(problem.viewers.judged(images))
@@ -257,7 +253,7 @@ def run(world: DigitSettings, fine_tune: FineTuning, seed: int) -> Metrics:
     torch.manual_seed(seed)
     try:
         extra = fine_tune(problem)
-    except (InfeasibleTargetError, RedundantConstraintError):
+    except DualError:
         missing = evaluate(world, problem)
         return {"feasible": 0.0, **dict.fromkeys(missing, float("nan")), **smallest}
     return {"feasible": 1.0, **evaluate(world, problem), **smallest, **extra}

@@ -27,11 +27,15 @@ _STRONG = 20.0
 _SMALLEST_LOG_WEIGHT = -16.0
 
 
-class InfeasibleTargetError(ValueError):
+class DualError(ValueError):
+    """The dual has no solution, or more than one."""
+
+
+class InfeasibleTargetError(DualError):
     """No tilt of the samples meets the target."""
 
 
-class RedundantConstraintError(ValueError):
+class RedundantConstraintError(DualError):
     """Some constraints follow from the others, so the tilt is not unique."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ftlib import runtime
 from ftlib.cgm.calibrate import Generative, Samples, Scorer
 
-Coefficients = Callable[[Samples, Tensor], Tensor]
+Coefficients = Callable[[Samples, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class GradientNoise:
 
 def gradient_noise(
     model: Generative,
-    coefficients: Mapping[str, Coefficients],
+    coefficients: Coefficients,
     *,
     batch_size: int,
     batches: int,
@@ -40,8 +41,9 @@ def gradient_noise(
 
     Args:
         model: a :class:`~ftlib.cgm.calibrate.Generative` module; it is not changed.
-        coefficients: by name, maps samples and their log-probabilities (float [n],
-            without gradient) to the weights c_i, float [n], of Σ c_i ∇log p_θ(x_i).
+        coefficients: maps samples and their log-probabilities (float [n], without
+            gradient) to the weights c_i, float [n], of Σ c_i ∇log p_θ(x_i), by the name
+            of the estimator.
         batch_size: n.
         batches: at least 2.
 
@@ -50,23 +52,23 @@ def gradient_noise(
     """
     if batches < 2:
         raise ValueError(f"{batches} batch has no variance: draw 2 or more")
-    found: dict[str, list[Tensor]] = {name: [] for name in coefficients}
+    found: dict[str, list[Tensor]] = defaultdict(list)
     for _ in runtime.progress(range(batches), desc="gradient noise"):
         for name, gradient in _gradients(model, coefficients, batch_size).items():
             found[name].append(gradient)
-    return {name: _moments(torch.stack(found[name])) for name in coefficients}
+    return {name: _moments(torch.stack(each)) for name, each in found.items()}
 
 
 def _gradients(
-    model: Generative, coefficients: Mapping[str, Coefficients], batch_size: int
+    model: Generative, coefficients: Coefficients, batch_size: int
 ) -> dict[str, Tensor]:
     """One gradient an estimator, [parameters], all from the same fresh samples."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     samples = model.sample(batch_size)
     log_prob = Scorer(model)(samples)
     gradients = {}
-    for name, estimator in coefficients.items():
-        weighted = (estimator(samples, log_prob.detach()) * log_prob).sum()
+    for name, weights in coefficients(samples, log_prob.detach()).items():
+        weighted = (weights * log_prob).sum()
         parts = torch.autograd.grad(
             weighted, parameters, retain_graph=True, materialize_grads=True
         )

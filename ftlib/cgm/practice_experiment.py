@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from ftlib import runtime
 from ftlib.cgm import objective
-from ftlib.cgm.calibrate import calibrate
-from ftlib.cgm.dual import InfeasibleTargetError, RedundantConstraintError, solve_dual
+from ftlib.cgm.dual import solve_dual
 from ftlib.cgm.noise import Coefficients, gradient_noise
 from ftlib.cgm.settings import (
     PRACTICE,
@@ -28,20 +26,18 @@ from ftlib.cgm.settings import (
 from ftlib.cgm.stages import augmented_lagrangian
 from ftlib.cgm.strings import Paths
 from ftlib.cgm.strings_experiment import (
-    MEASURED,
+    Metrics,
     Parts,
     Problem,
-    evaluate,
+    Way,
+    calibrated,
+    plain,
     pose,
     relax,
-    theory,
 )
 from ftlib.experiments import Arm
 from ftlib.results import Metric
 from ftlib.runtime import Scale
-
-Metrics = dict[str, Metric | float]
-Way = Callable[[Problem, CalibrationSettings], None]
 
 
 def arms(scale: Scale) -> list[Arm]:
@@ -57,8 +53,8 @@ def aim_arms(world: StringSettings, practice: PracticeSettings) -> list[Arm]:
     """Relax with a large and a small λ, and the large one aiming past the target."""
     large, small = practice.shortfalls
     ways: dict[str, tuple[float, Way]] = {
-        "large λ": (large, plain_relax),
-        "small λ": (small, plain_relax),
+        "large λ": (large, plain),
+        "small λ": (small, plain),
         "augmented Lagrangian": (large, partial(in_rounds, practice)),
         "pilot aim": (large, partial(pilot_aim, world)),
     }
@@ -72,11 +68,6 @@ def aim_arms(world: StringSettings, practice: PracticeSettings) -> list[Arm]:
         )
         for name, (shortfall, way) in ways.items()
     ]
-
-
-def plain_relax(problem: Problem, settings: CalibrationSettings) -> None:
-    """CGM-relax, which falls short by λα/2."""
-    calibrate(problem.model, problem.h, problem.target, settings)
 
 
 def in_rounds(
@@ -102,13 +93,13 @@ def pilot_aim(
     The pilot sample is saved in steps.
 
     Raises:
-        InfeasibleTargetError, RedundantConstraintError: see ``solve_dual``.
+        DualError: see ``solve_dual``.
     """
     assert settings.kl_weight is not None
     pilot = problem.h(problem.base.sample(world.dual_samples))
     alpha = torch.from_numpy(solve_dual(pilot, problem.target).alpha)
     aim = problem.target + settings.kl_weight / 2 * alpha.to(problem.target)
-    plain_relax(
+    plain(
         dataclasses.replace(problem, target=aim), _saving(world.dual_samples, settings)
     )
 
@@ -132,13 +123,7 @@ def _run_way(
     problem = pose(world, seed, practice.aim_grid)
     asked = dataclasses.replace(world, shortfall=shortfall)
     settings = relax(asked, problem, world.batch_size)
-    assert settings.kl_weight is not None
-    expected = theory(world, seed, problem, settings.kl_weight)
-    try:
-        way(problem, settings)
-    except (InfeasibleTargetError, RedundantConstraintError):
-        return {"feasible": 0.0, **expected, **dict.fromkeys(MEASURED, float("nan"))}
-    return {"feasible": 1.0, **expected, **evaluate(problem, world, seed)}
+    return calibrated(world, problem, seed, settings, way)
 
 
 # -- noise of the gradient -------------------------------------------------------------
@@ -169,16 +154,13 @@ def _run_noise(
     settings = relax(world, problem, world.batch_size)
     assert settings.kl_weight is not None
     half = dataclasses.replace(settings.training, steps=settings.training.steps // 2)
-    plain_relax(problem, dataclasses.replace(settings, training=half))
+    plain(problem, dataclasses.replace(settings, training=half))
     pilot = problem.h(problem.base.sample(world.dual_samples))
     tilt = solve_dual(pilot, problem.target, kl_weight=settings.kl_weight)
     alpha = torch.from_numpy(tilt.alpha).float().to(runtime.device())
     found = gradient_noise(
         problem.model,
-        {
-            **relax_estimates(problem, settings.kl_weight),
-            **reward_estimates(problem, alpha, tilt.log_z),
-        },
+        estimates(problem, settings.kl_weight, alpha, tilt.log_z),
         batch_size=world.batch_size,
         batches=practice.noise_batches,
     )
@@ -189,51 +171,31 @@ def _run_noise(
     }
 
 
-def relax_estimates(problem: Problem, kl_weight: float) -> Mapping[str, Coefficients]:
-    """Coefficients of CGM-relax with fewer and more baselines.
+def estimates(
+    problem: Problem, kl_weight: float, alpha: Tensor, log_z: float
+) -> Coefficients:
+    """Coefficients of both losses with fewer and more baselines, all from one batch.
 
-    ``relax, none``: no baseline; ``relax, KL``: on the KL, as in the paper's code;
-    ``relax, both``: on the violation too.
+    ``relax, none`` has no baseline, ``relax, KL`` one on the KL (the paper's code),
+    ``relax, both`` one on the violation too; ``reward, none`` and ``reward, own`` are
+    CGM-reward without and with its baseline.
     """
     target = problem.target.to(runtime.device())
 
-    def none(paths: Paths, log_prob: Tensor) -> Tensor:
-        log_ratio = _log_ratio(problem, paths, log_prob)
-        constraint = objective.violation_coefficients(problem.h(paths), target)
-        return constraint + kl_weight * log_ratio / len(log_ratio)
+    @torch.no_grad()
+    def coefficients(paths: Paths, log_prob: Tensor) -> dict[str, Tensor]:
+        h = problem.h(paths)
+        log_ratio = log_prob - problem.base.log_prob(paths)
+        violation = objective.violation_coefficients(h, target)
+        with_baseline = objective.violation_coefficients(h, target, baseline=True)
+        kl = kl_weight * objective.kl_coefficients(log_ratio)
+        to_tilt = log_ratio - h @ alpha + log_z
+        return {
+            "relax, none": violation + kl_weight * log_ratio / len(paths),
+            "relax, KL": violation + kl,
+            "relax, both": with_baseline + kl,
+            "reward, none": to_tilt / len(paths),
+            "reward, own": objective.kl_coefficients(to_tilt),
+        }
 
-    def with_baselines(violation: bool, paths: Paths, log_prob: Tensor) -> Tensor:
-        log_ratio = _log_ratio(problem, paths, log_prob)
-        constraint = objective.violation_coefficients(
-            problem.h(paths), target, baseline=violation
-        )
-        return constraint + kl_weight * objective.kl_coefficients(log_ratio)
-
-    return {
-        "relax, none": none,
-        "relax, KL": partial(with_baselines, False),
-        "relax, both": partial(with_baselines, True),
-    }
-
-
-def reward_estimates(
-    problem: Problem, alpha: Tensor, log_z: float
-) -> Mapping[str, Coefficients]:
-    """Coefficients of CGM-reward without and with its baseline."""
-
-    def to_tilt(paths: Paths, log_prob: Tensor) -> Tensor:
-        return _log_ratio(problem, paths, log_prob) - problem.h(paths) @ alpha + log_z
-
-    return {
-        "reward, none": lambda paths, log_prob: (
-            to_tilt(paths, log_prob) / len(log_prob)
-        ),
-        "reward, own": lambda paths, log_prob: objective.kl_coefficients(
-            to_tilt(paths, log_prob)
-        ),
-    }
-
-
-@torch.no_grad()
-def _log_ratio(problem: Problem, paths: Paths, log_prob: Tensor) -> Tensor:
-    return log_prob - problem.base.log_prob(paths)
+    return coefficients

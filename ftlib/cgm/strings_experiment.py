@@ -24,6 +24,7 @@ from ftlib.bases import base_path, kept_base
 from ftlib.cgm import objective
 from ftlib.cgm.calibrate import Scorer, calibrate, chunks, frozen_copy
 from ftlib.cgm.dual import (
+    DualError,
     InfeasibleTargetError,
     RedundantConstraintError,
     Tilt,
@@ -81,6 +82,9 @@ class Problem:
     base: MaskedDiffusion
     h: Grid
     target: Tensor
+
+
+Way = Callable[[Problem, CalibrationSettings], None]
 
 
 def pose(world: StringSettings, seed: int, parts: Parts) -> Problem:
@@ -146,8 +150,9 @@ class BaseFacts:
 @lru_cache(maxsize=4)
 def base_facts(world: StringSettings, seed: int) -> BaseFacts:
     """Draw ``base_samples`` strings of a base, once a process."""
-    model = base_model(world, seed)
+    # The caller's random numbers must not depend on whether the facts were known.
     with torch.random.fork_rng():
+        model = base_model(world, seed)
         torch.manual_seed(seed)
         drawn = [
             model.sample(_CHUNK).strings.cpu()
@@ -252,13 +257,32 @@ def _run(
             **order_cost(problem, world, seed),
         }
     settings = LOSSES[loss](world, problem, batch)
+    return calibrated(world, problem, seed, settings, plain)
+
+
+def calibrated(
+    world: StringSettings,
+    problem: Problem,
+    seed: int,
+    settings: CalibrationSettings,
+    way: Way,
+) -> Metrics:
+    """Calibrate a problem in some way, and report theory and measurement.
+
+    A dual without a unique solution is a result: :data:`MEASURED` is then not-a-number.
+    """
     kl_weight = settings.kl_weight or settings.dual_ridge
     expected = theory(world, seed, problem, kl_weight)
     try:
-        calibrate(problem.model, problem.h, problem.target, settings)
-    except (InfeasibleTargetError, RedundantConstraintError):
+        way(problem, settings)
+    except DualError:
         return {"feasible": 0.0, **expected, **dict.fromkeys(MEASURED, float("nan"))}
     return {"feasible": 1.0, **expected, **evaluate(problem, world, seed)}
+
+
+def plain(problem: Problem, settings: CalibrationSettings) -> None:
+    """Calibrate a problem with the loss of its settings."""
+    calibrate(problem.model, problem.h, problem.target, settings)
 
 
 def relax(world: StringSettings, problem: Problem, batch: int) -> CalibrationSettings:
@@ -338,7 +362,7 @@ def try_dual(world: StringSettings, samples: int, seed: int) -> Metrics:
             shares = rng.multinomial(samples, probabilities) / samples
             try:
                 alpha = solve_dual(h, target, weights=shares).alpha
-            except (InfeasibleTargetError, RedundantConstraintError) as problem:
+            except DualError as problem:
                 outcomes.append(_OUTCOMES[type(problem)])
                 continue
             outcomes.append("feasible")
@@ -392,7 +416,7 @@ def _smallest_kl(counts: Array, problem: Problem) -> float:
     """KL of the constrained optimum; not-a-number where a cell of the base is empty."""
     try:
         return _base_tilt(counts, problem, 0.0).kl
-    except (InfeasibleTargetError, RedundantConstraintError):
+    except DualError:
         return float("nan")
 
 
@@ -442,11 +466,12 @@ def evaluate(problem: Problem, world: StringSettings, seed: int) -> Metrics:
     counts = residue_counts(paths.strings).cpu()
     fine = finest_grid(world)
     nature = NATURE.count_probabilities(world.length)
-    own_error = problem.h(paths).mean(0).cpu() - problem.target
+    h = problem.h(paths).cpu()
+    own_error = h.mean(0) - problem.target
     fine_error = fine(paths).mean(0).cpu().numpy() - _mean(fine, nature)
     typical = base_facts(world, seed).structure[fine.cell(counts).numpy()]
     change = np.nanmean(structure(paths.strings).numpy() - typical, 0)
-    violation = objective.violation(problem.h(paths).cpu(), problem.target)
+    violation = objective.violation(h, problem.target)
     values = {
         "error": own_error.abs().mean(),
         "max_error": own_error.abs().max(),

@@ -41,10 +41,7 @@ def test_moments_are_those_of_enumeration():
     before = model.logits.clone()
     found = gradient_noise(
         model,
-        {
-            "plain": lambda x, _: value(x) / n,
-            "baseline": lambda x, _: (value(x) - 1) / n,
-        },
+        lambda x, _: {"plain": value(x) / n, "baseline": (value(x) - 1) / n},
         batch_size=n,
         batches=4000,
     )
@@ -60,7 +57,7 @@ def test_moments_are_those_of_enumeration():
 def test_coefficients_of_zero_have_neither_signal_nor_noise():
     torch.manual_seed(0)
     found = gradient_noise(
-        Die(), {"none": lambda x, _: 0 * value(x)}, batch_size=4, batches=2
+        Die(), lambda x, _: {"none": 0 * value(x)}, batch_size=4, batches=2
     )["none"]
     assert (found.signal, found.noise) == (0, 0)
 
@@ -69,11 +66,11 @@ def test_the_estimators_see_the_log_probability_without_gradient():
     def reads(faces, log_prob):
         assert not log_prob.requires_grad
         torch.testing.assert_close(log_prob, Die().log_prob(faces).detach())
-        return log_prob
+        return {"reads": log_prob}
 
-    gradient_noise(Die(), {"reads": reads}, batch_size=4, batches=2)
+    gradient_noise(Die(), reads, batch_size=4, batches=2)
 
 
 def test_one_batch_is_refused():
     with pytest.raises(ValueError, match="draw 2 or more"):
-        gradient_noise(Die(), {}, batch_size=4, batches=1)
+        gradient_noise(Die(), lambda x, _: {}, batch_size=4, batches=1)

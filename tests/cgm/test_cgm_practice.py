@@ -95,10 +95,7 @@ def test_baselines_leave_the_mean_gradient_as_it_is():
     batches = 400
     found = gradient_noise(
         problem.model,
-        {
-            **practice.relax_estimates(problem, 0.5),
-            **practice.reward_estimates(problem, alpha, 0.0),
-        },
+        practice.estimates(problem, 0.5, alpha, log_z=0.0),
         batch_size=32,
         batches=batches,
     )

@@ -171,3 +171,12 @@ def test_a_cell_without_samples_is_not_a_number():
     assert structure.shape == (16, 2)
     assert np.isnan(structure[12:]).all()
     assert np.isfinite(structure[0]).all()
+
+
+def test_known_facts_do_not_change_the_callers_random_numbers():
+    states = []
+    for _ in range(2):  # worked out, then known
+        torch.manual_seed(7)
+        experiment.base_facts(TOY, 0)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
