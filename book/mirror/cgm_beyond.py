@@ -2065,12 +2065,11 @@ small, large = (
 )
 Markdown(
     f"""
-The size of the model hardly matters to its error,
-{sized(narrow, "error"):.4f} with {small:,} weights and
-{sized(wide, "error"):.4f} with {large:,} (all widths have the learning rate
-of the middle one). The KL is {sized(narrow, "kl"):.2f} and
-{sized(wide, "kl"):.2f} nats; the smallest possible, which belongs to each
-base, {sized(narrow, "smallest_kl"):.2f} and
+From {small:,} to {large:,} weights the error goes from
+{sized(narrow, "error"):.4f} to {sized(wide, "error"):.4f} and the KL from
+{sized(narrow, "kl"):.2f} to {sized(wide, "kl"):.2f} nats (all widths have
+the learning rate of the middle one). The smallest possible KL, which
+belongs to each base, is {sized(narrow, "smallest_kl"):.2f} and
 {sized(wide, "smallest_kl"):.2f}.
 """
 )
