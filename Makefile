@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 book test notebooks: export FTLIB_SCALE ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test lint generate notebooks lab gpu bench results lock
+.PHONY: help book html pdf test lint generate notebooks lab gpu bench results lock
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -19,11 +19,14 @@ book: $(INSTALLED)  ## install, run the notebooks, build the book in _build/html
 html: $(INSTALLED)  ## build the book from the stored outputs
 	$(BIN)/python book/tools/build.py
 
+pdf: html  ## print the built book into _build/book.pdf
+	$(BIN)/python book/tools/pdf.py
+
 test: lint html  ## lint, types, static gate, book build, then all tests and notebooks
 	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
 	$(BIN)/python -m pytest tests notebooks \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
-		--nbval-sanitize-with notebooks/sanitize.cfg
+		--nbval-sanitize-with notebooks/sanitize.cfg --ignore notebooks/exercises
 
 lint: $(INSTALLED)  ## ruff, mypy and the notebooks' static gate
 	$(BIN)/ruff check
@@ -31,11 +34,12 @@ lint: $(INSTALLED)  ## ruff, mypy and the notebooks' static gate
 	$(BIN)/mypy
 	$(BIN)/python book/tools/gates.py
 
-generate: $(INSTALLED)  ## write environment.yml, the notebooks' first cells, the mirror
+generate: $(INSTALLED)  ## write environment.yml, notebooks' first cells, mirror, exercises
 	$(BIN)/python book/tools/generated.py
 
 notebooks: generate  ## run the notebooks and store their outputs in notebooks/
 	$(BIN)/python book/tools/execute.py --in-place
+	$(BIN)/python book/tools/generated.py
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

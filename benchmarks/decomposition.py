@@ -40,8 +40,8 @@ from two_streams import EPS, HEAD, STACKED, Streams
 from ftlib import runtime
 from ftlib.ctsft.decomposition import OURS, PUBLISHED, propagate, trace
 from ftlib.ctsft.heads import Head
+from ftlib.ops.backends import Backend
 from ftlib.ops.decomposition import (
-    Backend,
     decomposed_activation,
     decomposed_gate,
     decomposed_linear,

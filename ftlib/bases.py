@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,13 @@ from typing import Any, TypeVar
 import pooch
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ftlib import runtime
+from ftlib.files import replacing
+from ftlib.models import ModelCorrupt
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,12 +45,16 @@ def kept_base(model: Model, path: Path, pretrain: Callable[[Path], nn.Module]) -
         pretrain: returns a model like it, trained; called where there is no file. Its
             argument is a directory for checkpoints, from which it goes on where an
             interrupted process stopped.
+
+    Raises:
+        ModelCorrupt: the file is damaged.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             _keep(path, pretrain)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(_weights(path))
     return model.to(runtime.device())
 
 
@@ -57,6 +63,26 @@ def _keep(path: Path, pretrain: Callable[[Path], nn.Module]) -> None:
     with torch.random.fork_rng():
         trained = pretrain(path.with_suffix(".partial"))
     weights = {name: w.cpu().clone() for name, w in trained.state_dict().items()}
-    save_file(weights, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(weights, {"sha256": _sha256(weights)}))
     shutil.rmtree(path.with_suffix(".partial"))
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a base's weights, which must be those that were written."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = file.metadata()  # a file of old has none
+        weights = load_file(path)
+        if written is not None and written != {"sha256": _sha256(weights)}:
+            raise ValueError("it does not hold the weights that were written")
+    except (SafetensorError, ValueError) as error:
+        raise ModelCorrupt(
+            f"{path} is damaged: {error}. Remove it, and run the command again: the "
+            "base is then trained anew"
+        ) from error
+    return weights
+
+
+def _sha256(weights: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(save(weights)).hexdigest()

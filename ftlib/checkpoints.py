@@ -1,14 +1,14 @@
 """The checkpoints of a training run, as safetensors and JSON; nothing is pickled.
 
 A checkpoint is a directory ``step-000123/``, written under another name and renamed
-when whole: one that is found under this name is complete.
+when whole: one that is found under this name is complete. It holds the SHA-256 of its
+files, so that one which was damaged later is refused, not resumed from.
 """
 
 from __future__ import annotations
 
 import json
 import operator
-import os
 import random
 import re
 import shutil
@@ -27,11 +27,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ftlib import files
+
 _KEPT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be resumed from: damaged, or of another run."""
+    """A checkpoint cannot be written, or is damaged, or belongs to another run."""
 
 
 @dataclass
@@ -75,7 +77,22 @@ class Checkpoints:
         return next(reversed(self._all()), None)
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint and drop all but the newest two."""
+        """Write a checkpoint and drop all but the newest two.
+
+        Raises:
+            CheckpointError: it cannot be written; nothing is left of it.
+        """
+        path = self.directory / f"step-{state.step:06d}"
+        try:
+            self._save(state, path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{path} cannot be written ({error}). The checkpoints before it are "
+                "whole: make room there, and run it again to go on from the newest"
+            ) from error
+
+    def _save(self, state: TrainingState, path: Path) -> None:
         main = self.accelerator.is_main_process
         if main:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -86,8 +103,10 @@ class Checkpoints:
             self._write(state)
         self.accelerator.wait_for_everyone()
         if main:
-            _flush(self._partial)
-            self._partial.rename(self.directory / f"step-{state.step:06d}")
+            files.seal(self._partial)
+            for file in self._partial.iterdir():
+                files.flush(file)
+            self._partial.rename(path)
             self._prune()
         self.accelerator.wait_for_everyone()
 
@@ -98,6 +117,8 @@ class Checkpoints:
             CheckpointError: the checkpoint is damaged or belongs to another run.
         """
         try:
+            if damaged := files.damaged(path):
+                raise ValueError(f"damaged: {', '.join(damaged)}")
             training = json.loads((path / "training.json").read_text())
             self._check_identity(path, training["identity"])
             _load_model(state.model, load_file(path / "model.safetensors"))
@@ -251,10 +272,3 @@ def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON; arrays and tensors become lists."""
     path.write_text(json.dumps(content, default=operator.methodcaller("tolist")))
-
-
-def _flush(directory: Path) -> None:
-    """Force a directory's files to the disk, so that a power cut cannot empty them."""
-    for path in directory.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())

@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_STOPPED = "stopped: repeat the command to go on"
 _FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 ScaleOption = Annotated[
     str | None, typer.Option("--scale", help="cpu or gpu; by default what is here.")
@@ -61,33 +62,37 @@ def run(
 
 @app.command()
 def results(
-    method: Annotated[str | None, typer.Argument(help="Default: every method.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method or a benchmark; default: all.")
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(help="cpu or gpu; default: both.")
     ] = None,
 ) -> None:
     """Print what is recorded, with intervals over the seeds."""
     with _clean_errors():
-        from ftlib.experiments import METHODS, check_method
+        from ftlib.experiments import METHODS, PlanError
+        from ftlib.results import recorded
 
-        if method is not None:
-            check_method(method)
+        known = sorted({*METHODS, *recorded()})
+        if name not in (None, *known):
+            raise PlanError(f"nothing is called {name!r}: choose from {known}")
         found = _load_all(
-            METHODS if method is None else [method],
+            known if name is None else [name],
             runtime.SCALES if scale is None else [runtime.scale(scale)],
         )
-        for recorded in found:
-            _print_results(recorded)
+        for each in found:
+            _print_results(each)
 
 
-def _load_all(methods: Iterable[str], scales: Iterable[str]) -> list[Results]:
+def _load_all(names: Iterable[str], scales: Iterable[str]) -> list[Results]:
     """Load what there is, and raise only where there is nothing."""
     from ftlib.results import NotRecordedError, load
 
     found, missing = [], []
-    for method, scale in itertools.product(methods, scales):
+    for name, scale in itertools.product(names, scales):
         try:
-            found.append(load(method, scale))
+            found.append(load(name, scale))
         except NotRecordedError as error:
             missing.append(error)
     if not found:
@@ -145,13 +150,13 @@ def _clean_errors() -> Iterator[None]:
         code = _exit_code(error)
         if code is None:
             raise
-        typer.echo(f"ftlib: {error}", err=True)
+        typer.echo(f"ftlib: {str(error) or _STOPPED}", err=True)
         raise typer.Exit(code) from error
 
 
 def _exit_code(error: BaseException) -> int | None:
     """Return 2 for a wrong request, 1 for a failure, ``None`` for a defect."""
-    from ftlib.experiments import PlanError, RunsFailedError, RunsInterrupted
+    from ftlib.experiments import PlanError, RunsFailedError
     from ftlib.results import NotRecordedError, RecordError
 
     match error:
@@ -159,6 +164,6 @@ def _exit_code(error: BaseException) -> int | None:
             return 2
         case RunsFailedError() | NotRecordedError() | RecordError() | OSError():
             return 1
-        case RunsInterrupted():
+        case KeyboardInterrupt():
             return 130  # what a shell reports for Ctrl-C
     return None

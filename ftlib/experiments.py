@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ftlib import runtime
 from ftlib.results import (
     Metric,
+    NotWrittenError,
     Record,
     RecordKey,
     Results,
@@ -33,6 +34,7 @@ METHODS = {
     "cft": "ftlib.cft.experiment",
     "cgm": "ftlib.cgm.experiment",
     "clipr": "ftlib.clipr.experiment",
+    "combination": "ftlib.combination.experiment",
     "ctsft": "ftlib.ctsft.experiment",
 }
 
@@ -143,6 +145,8 @@ def run_plan(
             this scale.
         RunsFailedError: some runs raised; their tracebacks went to stderr.
         RunsInterrupted: stopped from the keyboard.
+        ftlib.results.NotWrittenError: a record cannot be written; no further run is
+            begun, for its record could not be either.
     """
     chosen = _choose(load_plan(method, scale), experiment, arms)
     wanted = [
@@ -282,6 +286,8 @@ def _execute(runs: Sequence[_Run], directory: Path | None) -> list[str]:
             bar.set_description(str(run))
             try:
                 append([run.measure(provenance)], directory)
+            except NotWrittenError:
+                raise
             except Exception as error:
                 bar.write(traceback.format_exc(), file=sys.stderr)
                 failures.append(f"{run}: {type(error).__name__}: {error}")

@@ -24,6 +24,9 @@ def outcome_metrics(name: str, right: Booleans) -> dict[str, Metric]:
     Args:
         name: what the outcomes are of.
         right: whether each problem was answered rightly, bool [n].
+
+    >>> outcome_metrics("test", np.array([True, False, True]))
+    {'bits/test/0': Metric(value=5.0, n=3)}
     """
     parts = [right[i : i + _BITS] for i in range(0, len(right), _BITS)]
     return {
@@ -39,6 +42,9 @@ def outcomes(metrics: Mapping[str, Metric], name: str) -> Booleans:
 
     Raises:
         NotRecordedError: there are no outcomes of that name.
+
+    >>> outcomes({"bits/test/0": Metric(value=5.0, n=3)}, "test").tolist()
+    [True, False, True]
     """
     found: list[bool] = []
     index = 0

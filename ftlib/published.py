@@ -74,6 +74,12 @@ def load(method: str) -> dict[str, PublishedTable]:
     Raises:
         FileNotFoundError: none are kept for this method.
         ValueError: a row does not have a label or a number for each column.
+
+    >>> table = load("cft")["sft-and-cft"]
+    >>> table.source
+    'version 4, Table 2'
+    >>> table.value("Qwen2.5-7B", "CFT", column="MATH")
+    71.1
     """
     path = importlib.resources.files("ftlib.records") / method / "published.toml"
     document = tomllib.loads(path.read_text("utf-8"))

@@ -8,6 +8,7 @@ made from these files and from nothing else.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
 import json
 import math
@@ -25,6 +26,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import ArrayLike, NDArray
 
+from ftlib.files import replacing
 from ftlib.runtime import SCALES
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}
 _TEXT = {"type": "string", "minLength": 1}
 _COUNT = {"type": "integer", "minimum": 0}
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _METRIC = {
     "type": "object",
     "properties": {
@@ -55,10 +58,7 @@ _RECORD_FIELDS = {
     "peak_memory_bytes": _COUNT,
     "device": _TEXT,
     "versions": {"type": "object", "additionalProperties": _TEXT},
-    "data": {
-        "type": "object",
-        "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-    },
+    "data": {"type": "object", "additionalProperties": _SHA256},
     "commit": {"type": ["string", "null"]},
     "finished": {
         "type": "string",
@@ -69,6 +69,7 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "schema": {"const": 1},
+        "sha256": _SHA256,
         "records": {
             "type": "array",
             "items": {
@@ -91,6 +92,10 @@ RecordKey = tuple[str, str, str, int, str]
 
 class RecordError(ValueError):
     """A record, or a file of records, is not what the schema asks for."""
+
+
+class NotWrittenError(OSError):
+    """Records cannot be written, most often for want of room."""
 
 
 class NotRecordedError(LookupError):
@@ -338,12 +343,23 @@ def load(method: str, scale: str) -> Results:
     )
 
 
+def recorded() -> list[str]:
+    """Return the names of the methods and benchmarks with records, sorted.
+
+    >>> recorded()
+    ['caref', 'cft', 'cgm', ...]
+    """
+    places = (results_directory(), _installed_records())
+    return sorted({path.parent.name for at in places for path in at.glob("*/*.json")})
+
+
 def read(path: Path) -> Results:
     """Read one file of records.
 
     Raises:
-        RecordError: the file is not JSON, breaks the schema or holds a key twice;
-            the message names the file, the record and the field.
+        RecordError: the file is not JSON, breaks the schema, holds other records than
+            were written or a key twice; the message names the file, the record and
+            the field.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -351,6 +367,7 @@ def read(path: Path) -> Results:
     except ValueError as error:
         raise RecordError(f"{path} is not valid JSON: {error}") from error
     _check(document, path)
+    _check_sha256(document, path)
     results = Results(map(Record.from_json, document["records"]))
     for key, times in Counter(record.key for record in results).items():
         if times > 1:
@@ -366,6 +383,7 @@ def append(records: Iterable[Record], directory: Path | None = None) -> None:
     Raises:
         RecordError: a record, or the file as it is, breaks the schema; the file is
             left as it was.
+        NotWrittenError: a file cannot be written; it is left as it was.
     """
     for path, group in _by_file(records, directory).items():
         with _update(path) as stored:
@@ -410,12 +428,34 @@ def _update(path: Path) -> Iterator[dict[RecordKey, Record]]:
 
 
 def _write(path: Path, results: Results) -> None:
-    document = {"schema": 1, "records": [record.to_json() for record in results]}
+    records = [record.to_json() for record in results]
+    document = {"schema": 1, "sha256": _sha256(records), "records": records}
     _check(document, path)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary = path.with_suffix(".json.tmp")  # only the lock's holder writes it
-    temporary.write_text(text + "\n", "utf-8")
-    os.replace(temporary, path)
+    try:
+        with replacing(path) as temporary:  # by the lock's holder alone
+            temporary.write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise NotWrittenError(
+            f"{path} cannot be written: {error.strerror or error}. The file is as it "
+            "was: make room there, and run it again to go on"
+        ) from error
+
+
+def _sha256(records: list[dict[str, Any]]) -> str:
+    """Return the SHA-256 of what the records say, however they are laid out."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def _check_sha256(document: Mapping[str, Any], path: Path) -> None:
+    """Refuse records that are not the written ones; files of old have no SHA-256."""
+    found = _sha256(document["records"])
+    if document.get("sha256", found) != found:
+        raise RecordError(
+            f"{path} is damaged or altered: its records have the SHA-256 {found}, "
+            f"those written had {document['sha256']}. Take the file from a copy; if "
+            'the change is meant, remove the line "sha256"'
+        )
 
 
 def _check(document: Any, path: Path) -> None:
@@ -498,6 +538,9 @@ def bootstrap(values: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Int
 
     Raises:
         ValueError: there are no values, or they are not one-dimensional.
+
+    >>> bootstrap([0.20, 0.30, 0.25, 0.10])
+    Interval(mean=0.2125, low=0.1375, high=0.275, n=4)
     """
     from scipy import stats
 
@@ -529,6 +572,11 @@ def paired_by_seed(a: Results, b: Results, metric: str) -> Comparison:
     Raises:
         ValueError: the arms have different seeds, or are not one arm each.
         NotRecordedError: a record lacks the metric.
+
+    >>> mixture = load("cgm", "cpu").select("mixture")
+    >>> relax, reward = (mixture.select(arm=a) for a in ("relax λ=0.1", "reward N=100"))
+    >>> paired_by_seed(relax, reward, "kl").n
+    5
     """
     left, right = a.by_seed(metric), b.by_seed(metric)
     if unmatched := sorted(left.keys() ^ right.keys()):
@@ -552,6 +600,10 @@ def paired_by_item(a: ArrayLike, b: ArrayLike) -> Comparison:
 
     Raises:
         ValueError: the shapes differ, or there are no values.
+
+    >>> ours, theirs = [5, 6, 7, 8], [4, 4, 6, 6]
+    >>> paired_by_item(ours, theirs).p_value
+    0.125
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
@@ -587,7 +639,11 @@ def _batch(sample: NDArray[np.float64]) -> int:
 
 
 def format_interval(interval: Interval, digits: int = 3) -> str:
-    """Write ``0.193 [0.190, 0.196]``, with so many significant digits."""
+    """Write a mean and its interval, with so many significant digits.
+
+    >>> format_interval(Interval(0.19304, 0.18991, 0.19613, n=5))
+    '0.193 [0.190, 0.196]'
+    """
     mean, low, high = (f"{x:#.{digits}g}".rstrip(".") for x in interval[:3])
     if math.isnan(interval.mean):
         return "not finite"
@@ -631,7 +687,14 @@ def _cell(results: Results, metric: str) -> str:
 
 
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows, the first of them the heading, padded so that they read as text."""
+    """Lay out rows, the first of them the heading, padded so that they read as text.
+
+    >>> print(markdown_table([["arm", "KL"], ["relax", "0.19"], ["reward", "0.2"]]))
+    | arm    | KL   |
+    | ------ | ---- |
+    | relax  | 0.19 |
+    | reward | 0.2  |
+    """
     cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
@@ -640,15 +703,3 @@ def markdown_table(rows: Iterable[Sequence[str]]) -> str:
         for row in cells
     )
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def glue(name: str, value: Any) -> None:
-    """Make a value available to the chapter's prose.
-
-    Does nothing where MyST-NB is not installed, as on Colab, where no prose is built.
-    """
-    try:
-        from myst_nb import glue as myst_glue
-    except ImportError:
-        return
-    myst_glue(name, value, display=False)

@@ -212,6 +212,16 @@ def peak_memory() -> int:
     on = device()
     if on.type == "cuda":
         return torch.cuda.max_memory_allocated(on)
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """Peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where `ru_maxrss` begins with the parent's peak
+        lines = status.read_text("utf-8").splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

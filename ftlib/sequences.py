@@ -1,6 +1,6 @@
 """What losses over target tokens share: where they are, and what each weighs.
 
-The terms of a batch can be averaged in two ways (:data:`Mean`). With n examples of T_i
+The terms of a batch can be averaged in two ways (``Mean``). With n examples of T_i
 target tokens, token t of example i weighs
 
 * ``token``: 1 / Σ_j T_j. This is transformers' own loss. A long target weighs more
@@ -44,7 +44,7 @@ def head_and_targets(
             are made from the labels, as the model does it, unless they are given.
 
     Returns:
-        The head's factors and the targets, of as many positions: T, or T − 1 in a
+        The head's factors and the targets, of as many positions, T, or T − 1 in a
         decoder-only model.
 
     Raises:
@@ -134,3 +134,24 @@ def weighted_loss(
         softcap=head.softcap,
         ignore_index=IGNORED,
     )
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], padding: int
+) -> tuple[Tensor, Tensor]:
+    """Put prompts into one tensor so that all end together, to be continued.
+
+    Args:
+        prompts: token ids, of one prompt or more.
+        padding: the token before the shorter ones.
+
+    Returns:
+        Token ids, and 1 where they are real or 0, both int64 (n, longest).
+
+    >>> left_padded([[5, 6, 7], [8]], padding=0)
+    (tensor([[5, 6, 7], [0, 0, 8]]), tensor([[1, 1, 1], [0, 0, 1]]))
+    """
+    width = max(map(len, prompts))
+    ids = [[padding] * (width - len(p)) + list(p) for p in prompts]
+    real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids), torch.tensor(real)

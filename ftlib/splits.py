@@ -14,6 +14,9 @@ def split_of(question: str) -> Split:
     The first byte of the SHA-256 decides, so that the splits share no question on any
     machine and with any seed: half of all questions are for pre-training, a quarter for
     training, an eighth each for validation and test.
+
+    >>> [split_of(f"What is {n} + 3?") for n in (2, 3)]
+    ['pretrain', 'test']
     """
     byte = hashlib.sha256(question.encode()).digest()[0]
     if byte < 128:

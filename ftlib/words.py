@@ -21,6 +21,12 @@ class WordVocabulary:
         words: the tokens' texts, by id.
         pad: id of the padding, 0.
         end: id of the end of a text, 1.
+
+    >>> vocabulary = WordVocabulary(words_in("the cat sat"))
+    >>> vocabulary.encode("cat sat")
+    [3, 4]
+    >>> vocabulary.decode([3, 4, 1, 2])
+    'cat sat'
     """
 
     pad = 0

@@ -68,7 +68,7 @@ class Sced(NamedTuple):
     Attributes:
         weight: λ, shape (N,), float32.
         mean_slope: R = Σ p·f'(p), shape (N,), float32.
-        alpha: exponent of |p·log(pV)|, at least 1.
+        alpha: exponent of ``|p·log(pV)|``, at least 1.
         beta: exponent of 1 − p, at least 0.
     """
 

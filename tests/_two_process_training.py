@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,6 +22,7 @@ from ftlib.training import (
 
 BATCH_SIZE = 8
 STEPS = 6
+CLIPPED = {"max_grad_norm": 0.1}
 
 
 def make_model() -> nn.Module:
@@ -76,6 +79,44 @@ def noisy_weights(directory, fail_at=0, checkpoint_every=2):
     return trained, loss.draws
 
 
+def sharding_accelerator() -> Accelerator:
+    """Return an accelerator that spreads the weights, on CPUs too.
+
+    Accelerate asks for a GPU before it takes the plugin, and without one it goes on
+    with DDP and says nothing.
+    """
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10
+    )
+    PartialState().distributed_type = DistributedType.FSDP
+    AcceleratorState().fsdp_plugin = plugin
+    return accelerator
+
+
+def sharded(out: Path) -> None:
+    """Train with FSDP; write the weights, the norms and the sizes of the shards."""
+    accelerator = sharding_accelerator()
+    assert accelerator.is_fsdp2
+    model = make_model()
+    history = train(
+        model,
+        make_dataset(),
+        mean_squared_error,
+        settings(accumulate=2, **CLIPPED),
+        accelerator=accelerator,
+    )
+    whole = accelerator.get_state_dict(model)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    if accelerator.is_main_process:
+        columns = {
+            name: torch.tensor(history.column(name), dtype=torch.float64)
+            for name in ("loss", "grad_norm")
+        }
+        counts = {"local": torch.tensor(local)}
+        save_file(whole | columns | counts, out / "sharded.safetensors")
+
+
 def main(out: Path) -> None:
     accelerator = default_accelerator()
     assert accelerator.num_processes == 2
@@ -96,6 +137,7 @@ def main(out: Path) -> None:
         losses = {"losses": torch.tensor(history.column("loss"))}
         save_file(plain | losses, out / "plain.safetensors")
         save_file(accumulated, out / "accumulated.safetensors")
+    sharded(out)
     accelerator.end_training()
 
 

@@ -1,12 +1,13 @@
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from ftlib import cli, experiments
+from ftlib import cli, experiments, results
 from ftlib.experiments import Arm, RunsInterrupted
 from ftlib.results import PACKED_PREFIX, read
 
@@ -14,6 +15,7 @@ from ftlib.results import PACKED_PREFIX, read
 @pytest.fixture(autouse=True)
 def _here(monkeypatch, tmp_path):
     monkeypatch.setenv("FTLIB_RESULTS_DIR", str(tmp_path / "results"))
+    monkeypatch.setattr(results, "_installed_records", lambda: tmp_path / "installed")
     monkeypatch.setenv("FTLIB_DEVICE", "cpu")
     monkeypatch.setenv("CI", "true")
     monkeypatch.delenv("FTLIB_SCALE", raising=False)
@@ -147,6 +149,17 @@ def test_results_prints_every_method_and_scale_there_is(ftlib):
     assert "| a   | 2     | 0.0500 [0.00, 0.100] |" in one
 
 
+def test_results_of_benchmarks_are_printed_too(ftlib, tmp_path):
+    ftlib("run", "toy", "--seeds", "1")
+    [path] = (tmp_path / "results" / "toy").glob("*.json")
+    timed = [replace(record, method="timings") for record in read(path)]
+    results.append(timed, tmp_path / "installed")
+    shown = ftlib("results").stdout
+    assert len(lines_with(shown, "toy, scale")) == 2
+    assert len(lines_with(shown, "timings, scale")) == 2
+    assert lines_with(ftlib("results", "timings").stdout, "timings, scale")
+
+
 def test_results_leave_out_packed_outcomes(ftlib, plan):
     plan[:] = [Arm("e", "a", {}, lambda seed: {"kl": 0.5, f"{PACKED_PREFIX}x/0": 7.0})]
     shown = ftlib("run", "toy", "--seeds", "1").stdout
@@ -159,7 +172,9 @@ def test_results_of_nothing_say_how_to_make_them(ftlib):
     assert done.exit_code == 1
     assert done.stderr.endswith("make them with: ftlib run toy --scale gpu\n")
     assert ftlib("results").exit_code == 1
-    assert ftlib("results", "nosuch").exit_code == 2
+    done = ftlib("results", "nosuch")
+    assert done.exit_code == 2
+    assert done.stderr == "ftlib: nothing is called 'nosuch': choose from ['toy']\n"
 
 
 def test_results_of_a_damaged_file_are_one_line(ftlib, tmp_path):

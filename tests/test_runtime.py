@@ -251,6 +251,14 @@ def test_peak_memory_counts_bytes(no_cuda):
     assert runtime.peak_memory() < 2**40
 
 
+def test_peak_memory_is_not_that_of_the_parent(no_cuda):
+    """On Linux a child's `ru_maxrss` begins with what its parent had."""
+    block = np.ones(2**26)  # 512 MiB
+    code = "from ftlib import runtime; print(runtime._peak_resident())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(done.stdout) < block.nbytes
+
+
 def test_gpu_memory_is_that_of_the_chosen_device(t4, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("FTLIB_DEVICE", "cuda:1")

@@ -2,23 +2,22 @@ import copy
 import itertools
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from _two_process_training import CLIPPED
 from _two_process_training import STEPS as TWO_PROCESS_STEPS
 from _two_process_training import weights as two_process_weights
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from two_processes import run_in_two_processes
 
 from ftlib import runtime
 from ftlib.training import (
@@ -134,6 +133,24 @@ def test_a_range_of_the_batch_s_size_makes_every_step_an_epoch():
 
     train(make_model(), range(4), loss, SETTINGS)
     assert seen == [[0, 1, 2, 3]] * 10
+
+
+def test_a_mapped_file_trains_like_what_is_in_memory(tmp_path):
+    examples = np.random.default_rng(0).normal(size=(22, 3)).astype(np.float32)
+    np.save(tmp_path / "examples.npy", examples)
+    mapped = np.load(tmp_path / "examples.npy", mmap_mode="r")
+    assert isinstance(mapped, np.memmap)
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    models = [make_model(), make_model()]
+    for model, dataset in zip(models, (examples, mapped), strict=True):
+        train(
+            model, dataset, loss, SETTINGS, collate=lambda x: torch.tensor(np.stack(x))
+        )
+    for first, second in zip(*(m.parameters() for m in models), strict=True):
+        assert_equal(first, second)
 
 
 # --- the arithmetic -----------------------------------------------------------------
@@ -452,27 +469,8 @@ def test_a_resumed_bar_begins_where_the_run_stood(tmp_path, monkeypatch, capsys)
 def two_processes(tmp_path_factory):
     """Run the two-process script over loopback; return what it wrote."""
     out = tmp_path_factory.mktemp("two-processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
     script = Path(__file__).with_name("_two_process_training.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    address = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    result = subprocess.run(
-        [*launch, *address, str(script), str(out)],
-        env=os.environ
-        | {
-            "FTLIB_DEVICE": "cpu",
-            "GLOO_SOCKET_IFNAME": loopback,
-            "OMP_NUM_THREADS": "1",
-            "TQDM_DISABLE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    run_in_two_processes(script, out)
     return out
 
 
@@ -486,6 +484,21 @@ def test_two_processes_train_like_one(two_processes, file):
     if losses is not None:
         assert losses.tolist() == pytest.approx(history.column("loss"), rel=1e-6)
         assert len(losses) == TWO_PROCESS_STEPS
+
+
+def test_shards_on_two_processes_train_like_one(two_processes):
+    expected, history = two_process_weights(**CLIPPED)
+    found = load_file(two_processes / "sharded.safetensors")
+    losses, norms, local = (found.pop(n) for n in ("loss", "grad_norm", "local"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-13)
+    assert losses.tolist() == pytest.approx(history.column("loss"), rel=1e-13)
+    # The norm is that of the whole gradient, and clipping by it took place.
+    assert norms.tolist() == pytest.approx(history.column("grad_norm"), rel=1e-13)
+    assert norms.min() > CLIPPED["max_grad_norm"]
+    assert found.keys() == expected.keys()
+    total = sum(weight.numel() for weight in expected.values())
+    assert total / 2 <= local < total
 
 
 def test_every_process_keeps_a_random_state_of_its_own(two_processes):

@@ -2232,7 +2232,11 @@ Markdown(results.markdown_table(verdicts))
 #
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/caref.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/caref.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/caref.md) describes all of `ftlib.caref`.
 #
 # **1. A slope without end.** With $\beta < 1$ the slope $f'(p)$ is infinite at $p = 1$.
 # Is the gradient by the logits? Work it out, then give a position of probability one,

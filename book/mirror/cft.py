@@ -1331,7 +1331,11 @@ Markdown(results.markdown_table(verdicts))
 #
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/cft.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/cft.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/cft.md) describes all of `ftlib.cft`.
 #
 # **1. Accidents.** Students are mistaken with probability $m$, and their wrong answers
 # are spread evenly over the ten other values. Up to which $m$ is the most frequent

@@ -863,6 +863,9 @@ for field in fields:
 Markdown(results.markdown_table(rows))
 
 
+# %% [markdown]
+# ### The verdicts
+
 # %% tags=["hide-input"]
 def predicted(kl_weight):
     return solve_dual(coin, TARGET, kl_weight=kl_weight).mean[0]
@@ -933,7 +936,11 @@ Markdown(results.markdown_table(verdicts))
 # %% [markdown]
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/cgm.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/cgm.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/cgm.md) describes all of `ftlib.cgm`.
 #
 # **1. Dealt prompts.** Eight prompts are dealt to 64 samples in turn, and each has its
 # own constraint. By what factor is the plain U-statistic too small? Check by

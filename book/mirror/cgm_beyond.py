@@ -1685,6 +1685,9 @@ for world in paper:
 Markdown(results.markdown_table(rows))
 
 
+# %% [markdown]
+# ### The verdicts
+
 # %% tags=["hide-input"]
 def left_on_average(label):
     """What relax leaves of the miss, mean over the seeds."""
@@ -1761,7 +1764,11 @@ Markdown(results.markdown_table(verdicts))
 # %% [markdown]
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/cgm_beyond.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/cgm_beyond.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/cgm.md) describes all of `ftlib.cgm`.
 
 # %% [markdown]
 # **1. The smallest KL of classes.** Derive the smallest KL, and check it with the

@@ -2468,7 +2468,11 @@ people.
 # %% [markdown]
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/clipr.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/clipr.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/clipr.md) describes all of `ftlib.clipr`.
 #
 # **1. A line edited by hand.** Learn the rules of a person in the kitchens, in six
 # questions and without a gate. Turn the rule of the highest weight around. Which share

@@ -2373,7 +2373,11 @@ Markdown(results.markdown_table(verdicts))
 # %% [markdown]
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/ctsft.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/ctsft.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/ctsft.md) describes all of `ftlib.ctsft`.
 #
 # **1. The balance.** In a linear model with three labels, let the heads' mean be taken
 # over texts of which four of five have the first label. How does $R$ change, if the

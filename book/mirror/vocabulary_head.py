@@ -1483,7 +1483,11 @@ Markdown(results.markdown_table(verdicts))
 # %% [markdown]
 # ## Exercises
 #
-# Each has a solution below it that has been run.
+# Each has a solution below it that has been run. To try first, take this chapter
+# [without its solutions](https://github.com/finetuning-book/finetuning-book/blob/main/notebooks/exercises/vocabulary_head.ipynb), [on Colab](https://colab.research.google.com/github/finetuning-book/finetuning-book/blob/main/notebooks/exercises/vocabulary_head.ipynb) if you like: each is a stub that
+# says what the solution prints.
+#
+# [The reference](../book/api/ops.md) describes all of `ftlib.ops`.
 #
 # **1. The varentropy.** It is $v = \sum p\,u^2 - H^2$. Derive its gradient from the one
 # rule, and check it with `by_rule`, which takes $\varphi'$ by autograd.

@@ -16,10 +16,13 @@ from typing import Annotated
 import typer
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+import pages as generated_pages
 from paths import BUILD, NOTEBOOKS, ROOT
 
 NEEDED = {"jupyter-book": "1.", "sphinx": "7.4."}
-NOT_PAGES = shutil.ignore_patterns("mirror", "results", "tools", "__pycache__", ".*")
+NOT_PAGES = shutil.ignore_patterns(
+    "mirror", "results", "tools", "claims.toml", "__pycache__", ".*"
+)
 
 
 class BuildError(RuntimeError):
@@ -96,8 +99,11 @@ def build(root: Path, notebooks: Path, output: Path) -> Path:
     check_versions()
     html = output / "_build" / "html"
     shutil.rmtree(html, ignore_errors=True)
-    stage(root, notebooks, output / "_build" / "source")
-    run_jupyter_book(output / "_build" / "source", output)
+    source = output / "_build" / "source"
+    stage(root, notebooks, source)
+    if (root / "book" / "claims.toml").exists():
+        generated_pages.write(root, source)
+    run_jupyter_book(source, output)
     if missing := missing_pages(root, html):
         raise BuildError(f"pages of _toc.yml were not built: {', '.join(missing)}")
     return html

@@ -1,7 +1,8 @@
 """Run the book's notebooks, each only if something it depends on has changed.
 
-The executed copies lie in ``_build/notebooks``; ``--in-place`` also stores
-their outputs in ``notebooks``.
+The executed copies lie in ``_build/notebooks``, each with a record of its run.
+``--in-place`` also stores the outputs in ``notebooks`` and the records in
+``book/results/chapters``, which the status page shows.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from ftlib import runtime
+from ftlib import results, runtime
+from ftlib.results import Metric, Record
 from notebooks import code_cells, is_skipped, normalised, read, store, write
 from paths import EXECUTED, MIRROR, NOTEBOOKS, ROOT
+
+RESULTS = ROOT / "book" / "results"
+CHAPTERS = "chapters"  # the folder of the notebooks' own records
 
 # A bar drawn in a kernel would land in the outputs.
 NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -33,6 +39,8 @@ SOURCES = (
     "book/results/**/*.json",
     "book/results/**/*.toml",
 )
+# Asked of a notebook's kernel after its last cell.
+PEAK_MEMORY = "__import__('ftlib.runtime').runtime.peak_memory()"
 
 
 class NotebookError(RuntimeError):
@@ -43,7 +51,8 @@ def fingerprint(notebook: NotebookNode, root: Path = ROOT) -> str:
     """Hash all that a notebook's outputs follow from.
 
     These are its code, ftlib's sources and records, the versions of the
-    libraries, the scale and the other ``FTLIB_*`` variables.
+    libraries, the scale and the other ``FTLIB_*`` variables. The notebooks' own
+    records are left out: one run would make the next one necessary.
     """
     context = {
         "code": [cell.source for _, cell in code_cells(notebook)],
@@ -60,10 +69,11 @@ def _digests(root: Path) -> dict[str, str]:
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in SOURCES
         for path in sorted(root.glob(pattern))
+        if path.parent.name != CHAPTERS
     }
 
 
-def run(notebook: NotebookNode, name: str, directory: Path) -> NotebookNode:
+def run(notebook: NotebookNode, name: str, directory: Path) -> Record:
     """Execute a notebook in place, in a kernel of its own, with a bar over its cells.
 
     There is no limit on a cell's time: a slow machine is not an error, and the
@@ -71,18 +81,28 @@ def run(notebook: NotebookNode, name: str, directory: Path) -> NotebookNode:
 
     Args:
         notebook: the notebook; it receives the outputs.
-        name: what the bar and the errors call it.
+        name: what the bar, the errors and the record call it.
         directory: the kernel's working directory.
+
+    Returns:
+        The record of the run, with the number of cells as its metric.
 
     Raises:
         NotebookError: a cell raised, or the kernel died; names the cell.
     """
     todo = [number for number, cell in code_cells(notebook) if not is_skipped(cell)]
-    current = 0
+    current, memory = 0, 0
+    begin = time.monotonic()
 
     def start(cell: NotebookNode, cell_index: int) -> None:
         nonlocal current
         current = cell_index + 1
+
+    async def finish(cell: NotebookNode, cell_index: int, **_: Any) -> None:
+        nonlocal memory
+        bar.update()
+        if current == todo[-1]:
+            memory = await _peak_memory(client)
 
     with runtime.progress(desc=name, total=len(todo), unit="cell") as bar:
         client = NotebookClient(
@@ -93,13 +113,38 @@ def run(notebook: NotebookNode, name: str, directory: Path) -> NotebookNode:
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(directory)}},
             on_cell_start=start,
-            on_cell_executed=lambda **_: bar.update(),
+            on_cell_executed=finish,
         )
         try:
             client.execute(env={**os.environ, **NO_BARS})
         except (CellExecutionError, DeadKernelError) as error:
             raise NotebookError(f"{name}.ipynb, cell {current}:\n{error}") from error
-    return notebook
+    return _record(name, len(todo), time.monotonic() - begin, memory)
+
+
+async def _peak_memory(client: NotebookClient) -> int:
+    """Ask a running kernel for the peak of its memory in bytes."""
+    request = client.kc.execute("", silent=True, user_expressions={"peak": PEAK_MEMORY})
+    reply = await client.async_wait_for_reply(request)
+    return int(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])
+
+
+def _record(name: str, cells: int, seconds: float, memory: int) -> Record:
+    return Record(
+        method=CHAPTERS,
+        experiment=name,
+        arm="run",
+        seed=0,
+        scale=runtime.scale(),
+        settings={},
+        metrics={"cells": Metric(cells)},
+        seconds=seconds,
+        peak_memory_bytes=memory,
+        device=runtime.describe_device(),
+        versions=runtime.versions(),
+        data={},
+        commit=runtime.git_commit(),
+    )
 
 
 def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
@@ -110,26 +155,34 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode
     return notebook
 
 
-def executed(path: Path, target: Path) -> NotebookNode:
-    """Return a notebook with the outputs it has today, and keep the copy in target.
+def _copy(target: Path) -> NotebookNode | None:
+    """Return the executed copy, if there is one that can be read."""
+    with suppress(ValueError):
+        return read(target)
+    return None
 
-    It runs only where the copy is absent or its fingerprint is an older one;
-    prose is always the notebook's own.
+
+def executed(path: Path, target: Path) -> tuple[NotebookNode, Record]:
+    """Return a notebook with the outputs it has today, and the record of their run.
+
+    It runs only where the copy in target is absent or damaged, or its fingerprint is an
+    older one, and leaves a new copy there; prose is always the notebook's own.
     """
     notebook = read(path)
     wanted = fingerprint(notebook)
-    copy = read(target) if target.exists() else None
-    if copy is not None and copy.metadata.get("fingerprint") == wanted:
+    copy = _copy(target)
+    last = copy.metadata.get("run", {}) if copy is not None else {}
+    if last.get("fingerprint") == wanted:
         print(f"{path.name}: unchanged since its last run")
         notebook = with_outputs(notebook, copy)
+        record = Record.from_json(last["record"])
     else:
-        begin = time.monotonic()
-        notebook = run(notebook, path.stem, path.parent)
-        print(f"{path.name}: ran in {time.monotonic() - begin:.0f} s")
+        record = run(notebook, path.stem, path.parent)
+        print(f"{path.name}: ran in {record.seconds:.0f} s")
     notebook = normalised(notebook)
-    notebook.metadata["fingerprint"] = wanted
+    notebook.metadata["run"] = {"fingerprint": wanted, "record": record.to_json()}
     write(target, notebook)
-    return notebook
+    return notebook, record
 
 
 def execute_all(paths: Iterable[Path], in_place: bool = False) -> list[NotebookError]:
@@ -141,18 +194,19 @@ def execute_all(paths: Iterable[Path], in_place: bool = False) -> list[NotebookE
     failures = []
     for path in paths:
         try:
-            notebook = executed(path, EXECUTED / path.name)
+            notebook, record = executed(path, EXECUTED / path.name)
         except NotebookError as error:
             failures.append(error)
         else:
             if in_place:
                 store(path, notebook, MIRROR)
+                results.append([record], RESULTS)
     return failures
 
 
 def main(
     in_place: Annotated[
-        bool, typer.Option(help="Store the outputs in notebooks/ as well.")
+        bool, typer.Option(help="Store outputs and records in the repository.")
     ] = False,
 ) -> None:
     """Run the notebooks whose outputs are out of date."""

@@ -1,6 +1,7 @@
 """What follows from pyproject.toml: environment.yml and the notebooks' first cells.
 
-Run as a script it writes them all, and each notebook's normal form and mirror.
+Run as a script it writes them all, and each notebook's normal form, mirror and
+exercise edition.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 
+import exercises
 from notebooks import SKIP_TAGS, read, store, tags, write_text
 from paths import ENVIRONMENT, MIRROR, NOTEBOOKS, PYPROJECT
 
@@ -101,11 +103,14 @@ def with_generated_cells(notebook: NotebookNode, about: dict[str, Any]) -> Noteb
 
 
 def main() -> None:
-    """Write environment.yml, and every notebook with its generated cells."""
+    """Write environment.yml, every notebook with its generated cells, its edition."""
     about = project()
     write_text(ENVIRONMENT, environment(about))
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        store(path, with_generated_cells(read(path), about), MIRROR)
+        notebook = with_generated_cells(read(path), about)
+        notebook = exercises.linked(notebook, path.name, about["urls"]["Repository"])
+        store(path, notebook, MIRROR)
+        exercises.store_edition(notebook, path.name)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import jupytext
 import nbformat
 from nbformat import NotebookNode
+
+from ftlib.files import replacing
 
 SKIP_TAGS = ("nbval-skip", "skip-execution")  # what nbval and nbclient obey
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -61,9 +62,8 @@ def read(path: Path) -> NotebookNode:
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a stop half-way leaves the earlier one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write(path: Path, notebook: NotebookNode) -> None:
@@ -106,8 +106,7 @@ def _is_widget(output: NotebookNode) -> bool:
 
 def _kept_output(output: NotebookNode) -> NotebookNode:
     if "metadata" in output:
-        # myst_nb finds the values that cells glue under this key.
-        output.metadata = _kept(output.metadata, "scrapbook")
+        output.metadata = NotebookNode()
     return output
 
 

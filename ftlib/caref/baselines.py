@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ftlib.caref.objective import CHUNK_LOGITS, STATISTICS, in_chunk
-from ftlib.kernels.types import Logits
 from ftlib.ops import (
     HeadOutput,
     OutputHead,
@@ -147,9 +146,7 @@ class FenchelYoungLoss:
         self, head: OutputHead, hidden: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, ...]:
         """Return Σ weight · loss, and :data:`STATISTICS` of each row."""
-        logits = to_logits(
-            hidden @ head.weight.T, Logits(head.logit_scale, head.softcap)
-        )
+        logits = to_logits(hidden @ head.weight.T, head.transform)
         p = self.probabilities(logits.detach())
         total = (weights * self._values(logits, p, targets)).sum()
         return (

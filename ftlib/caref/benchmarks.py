@@ -87,7 +87,7 @@ from ftlib import models
 from ftlib.caref.objective import CAREF, trainer_loss
 from ftlib.caref.selection import lora, select
 from ftlib.caref.tasks import SEPARATOR, TASKS, Item, few_shot, read
-from ftlib.data.registry import data_sets
+from ftlib.data.registry import checksums
 from ftlib.experiments import Arm
 from ftlib.metrics import calibration
 from ftlib.metrics.bertscore import STAND_IN, Encoder, load_encoder, nbert
@@ -231,7 +231,7 @@ class Condition:
     Attributes:
         name: of the arm.
         recipe: weights and loss; None leaves the model as it is.
-        task: one of :data:`BENCHMARKS`.
+        task: one of ``BENCHMARKS``.
         model: one of :data:`MODELS`.
         protocol: examples, steps, batch.
     """
@@ -295,8 +295,7 @@ def _tuning_arm(condition: Condition, rate: float) -> Arm:
 
 def _checksums(task: str, *names: str) -> dict[str, str]:
     """SHA-256 of the data files, and of the weights where every source has the same."""
-    files = data_sets()[task].files
-    found = {f.path: f.sha256 for f in files if f.path != "comve/test.csv"}
+    found = checksums(task, read=lambda path: path != "comve/test.csv")
     return found | weights_checksums(*names)
 
 
@@ -700,7 +699,7 @@ def taste(
     It shows what goes in and comes out, and measures nothing.
 
     Args:
-        task: one of :data:`BENCHMARKS`.
+        task: one of ``BENCHMARKS``.
         model: one of :data:`MODELS`.
         steps: updates of the weights, two examples each.
         seed: of examples, item and training. All are of the training part.

@@ -1,7 +1,7 @@
 """A world of short facts in which it is known why a label holds.
 
 An input is a note of facts and a question about them; the output is a label and the
-facts that decide it:
+facts that decide it::
 
     amber : tom follows mia . ann is in oslo . mia is in rome . tom is in rome ?
     entailment because we read tom follows mia and mia is in rome
@@ -179,18 +179,6 @@ class Example:
         """Which facts are cited: whom the subject follows, then where that one is."""
         link, decides, _ = self._chain()
         return tuple(at for at in (link, decides) if at is not None)
-
-    @property
-    def evidence_words(self) -> tuple[int, ...]:
-        """Positions of the cited facts' words among the words of ``text``."""
-        positions: list[int] = []
-        start = len((self.mark, ":"))
-        for at, fact in enumerate(self.facts):
-            end = start + len(fact.text.split())
-            if at in self.evidence:
-                positions += range(start, end)
-            start = end + len(".")
-        return tuple(positions)
 
     @property
     def deciding(self) -> Fact | None:

@@ -1,6 +1,6 @@
 r"""The objective of CAREF: cross-entropy, SCED, and the divergence from uniform.
 
-With P_t the model's distribution over V tokens at target position t, and U = 1/V,
+With P_t the model's distribution over V tokens at target position t, and U = 1/V::
 
     L = L_CE + λ_SCED · L_SCED + λ_KL · L_KL
     L_SCED = mean_t Σ_v |P_tv log(P_tv / U)|^α (1 − P_tv)^β
@@ -10,7 +10,7 @@ With P_t the model's distribution over V tokens at target position t, and U = 1/
 target tokens of the batch, and so do we. V is the width of the logits, with the rows
 that pad a vocabulary, as in the code: 32,128 for T5, whose tokenizer has 32,100 tokens.
 
-How the terms of a batch are averaged is a choice (:data:`ftlib.sequences.Mean`): over
+How the terms of a batch are averaged is a choice (:mod:`ftlib.sequences`): over
 its target tokens, as in the paper's code, or over its examples, which is the default.
 
 In a training of your own, with the logits never stored::
@@ -74,7 +74,7 @@ class RowLoss(Protocol):
         """Return the loss of each row, (n,), of logits (n, V) and targets (n,)."""
 
     def of_head(self, head: OutputHead, targets: Tensor, weights: Tensor) -> HeadOutput:
-        """Return Σ weight · loss with :data:`STATISTICS`, never storing all logits.
+        """Return Σ weight · loss with ``STATISTICS``, never storing all logits.
 
         Args:
             head: the factors of the logits, hidden states (..., D).

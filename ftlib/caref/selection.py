@@ -13,7 +13,7 @@ variant   share   weights
 ========  ======  ==============================================================
 
 The shares follow from the model's shape, and they hold for these weights alone. The 48
-attentions are among 72, and no share says which (:data:`Attentions`): those of the
+attentions are among 72, and no share says which (``attentions``): those of the
 **decoder**, to itself and to the encoder, as the author's page and the released pattern
 for AQ have it; or the **self**-attentions of encoder and decoder, as in SparseFit,
 whose variants these resemble.

@@ -3,16 +3,17 @@ r"""What CAREF's terms do to one distribution, in closed form: the chapter's fig
 One position, V tokens, p over them, U = 1/V. Everything is float64 and works with
 log p, so that probabilities of 1 − e⁻¹⁰⁰, which SCED does lead to, can be told from 1.
 
-Three things follow from SCED's definition, f(p) = |p log(pV)|^α (1−p)^β summed over the
-tokens, that are easily taken for something else:
+Three things follow from SCED's definition, ``f(p) = |p log(pV)|^α (1−p)^β`` summed over
+the tokens, that are easily taken for something else:
 
-* (1, 0) is not the divergence from uniform but KL + 2N, N = Σ_{p<U} |p log(pV)| ≤ 1/e
-  (:func:`mass_below_uniform`): what lies below U counts with the other sign.
+* (1, 0) is not the divergence from uniform but KL + 2N,
+  ``N = Σ_{p<U} |p log(pV)| ≤ 1/e`` (:func:`mass_below_uniform`): what lies below U
+  counts with the other sign.
 * With β > 0 it is 0 at the uniform distribution and at every one-hot one. Between them
   lies a ridge (:func:`spike_peak`): on this side SCED makes a model less sure, beyond
   it surer.
-* The factor (1−p)^β does not turn it to the tail, where |p log(pV)|^α has vanished
-  already: nearly all of it is the top token's (:func:`sced_shares`).
+* The factor (1−p)^β does not turn it to the tail, where ``|p log(pV)|^α`` has
+  vanished already: nearly all of it is the top token's (:func:`sced_shares`).
 
 What a model trained to convergence on many examples predicts is the minimum over p of
 the expected loss (the *population optimum*). It is sought among distributions in which
@@ -55,7 +56,7 @@ _LONG = 1e6
 def sced_terms(
     log_p: ArrayLike, vocabulary: int, alpha: float = 2.0, beta: float = 1.0
 ) -> Array:
-    """Return f(p) = |p log(pV)|^α (1−p)^β of each token, shaped as ``log_p``."""
+    """Return ``f(p) = |p log(pV)|^α (1−p)^β`` of each token, shaped as ``log_p``."""
     u = np.asarray(log_p, dtype=np.float64)
     distance = np.exp(u) * (u + math.log(vocabulary))
     return np.abs(distance) ** alpha * (-np.expm1(u)) ** beta
@@ -87,7 +88,7 @@ def kl_to_uniform(probs: ArrayLike) -> Array:
 
 
 def mass_below_uniform(probs: ArrayLike) -> Array:
-    """Return N = Σ_{p<1/V} |p log(pV)| of probabilities (..., V).
+    """Return ``N = Σ_{p<1/V} |p log(pV)|`` of probabilities (..., V).
 
     SCED at (1, 0) is KL + 2N. N is less than 1/e: n tokens that share the mass m below
     their n/V have N = m log(n/(Vm)), which is largest at m = n/(Ve).

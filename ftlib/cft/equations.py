@@ -1,6 +1,6 @@
 """Linear equations a·x + b = c with integer solutions, and two misconceptions.
 
-A question such as ``Solve 3x + 5 = 20.`` is worked in two steps:
+A question such as ``Solve 3x + 5 = 20.`` is worked in two steps::
 
     3x = 20 - 5 = 15
     x = 15 / 3 = 5

@@ -17,6 +17,7 @@ from ftlib.cft.critiques import Form, read_verdict
 from ftlib.cft.solutions import CHAIN
 from ftlib.outcomes import outcome_metrics
 from ftlib.results import Metric
+from ftlib.sequences import left_padded
 
 Answer = TypeVar("Answer")
 
@@ -62,16 +63,14 @@ def complete(
         The tokens written for each prompt, the end token included where it was reached.
     """
     generator: Any = model
-    width = max(map(len, prompts))
     device = next(model.parameters()).device
-    padded = [[end] * (width - len(p)) + list(p) for p in prompts]
-    real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    padded, real = left_padded(prompts, end)
     sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
     was_training = model.training
     model.eval()
     tokens = generator.generate(
-        torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(real, device=device),
+        padded.to(device),
+        attention_mask=real.to(device),
         generation_config=GenerationConfig(
             do_sample=bool(temperature),
             max_new_tokens=max_new_tokens,
@@ -81,7 +80,7 @@ def complete(
         ),
     )
     model.train(was_training)
-    return [_up_to(row, end) for row in tokens[:, width:].tolist()]
+    return [_up_to(row, end) for row in tokens[:, padded.shape[1] :].tolist()]
 
 
 def _up_to(tokens: list[int], end: int) -> list[int]:
@@ -285,6 +284,6 @@ def votes_within(budget: int, spent: Sequence[int]) -> int:
         spent: tokens of each round, one answer to every problem, in order.
 
     Returns:
-        The rounds that fit, at least one: a vote needs an answer.
+        The rounds that fit, at least one, since a vote needs an answer.
     """
     return max(1, int((np.cumsum(spent) <= budget).sum()))

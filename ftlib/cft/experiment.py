@@ -247,21 +247,14 @@ def run(condition: Condition, rate: float, seed: int) -> Metrics:
     return {
         **scores_and_outcomes(tuned.load(tuned.best), exams),
         **{f"last {name}": metric for name, metric in last.items()},
-        "validation": tuned.validation[tuned.best],
-        "step": float(tuned.steps[tuned.best]),
-        "steps": float(tuned.steps[-1]),
-        "examples": float(tuned.examples),
-        "target tokens": tuned.target_tokens,
+        **tuned.effort(),
     }
 
 
 def tune(condition: Condition, rate: float, seed: int) -> Metrics:
     """Try a learning rate on a seed that is not reported, without a look at a test."""
     tuned = fine_tune(condition, rate, TUNING_SEED + seed)
-    return {
-        "validation": tuned.validation[tuned.best],
-        "step": float(tuned.steps[tuned.best]),
-    }
+    return tuned.chosen()
 
 
 def fine_tune(condition: Condition, rate: float, seed: int) -> Tuned:
@@ -284,18 +277,11 @@ def fine_tune(condition: Condition, rate: float, seed: int) -> Tuned:
             collate=PaddingCollator(),
             label=str(condition),
         )
-    snapshots.take()
-    tuned = Tuned(
-        model,
-        checkpoints=list(snapshots.taken.values()),
-        steps=list(snapshots.taken),
-        validation=[],
-        examples=sum(map(len, stages)),
-        target_tokens=sum(
-            n * world.batch_size * mean_target_tokens(examples)
-            for n, examples in zip(steps, stages, strict=True)
-        ),
+    target_tokens = sum(
+        n * world.batch_size * mean_target_tokens(examples)
+        for n, examples in zip(steps, stages, strict=True)
     )
+    tuned = Tuned.of(snapshots, sum(map(len, stages)), target_tokens)
     exams = exams_of(world, "validation", seed)
     for index in range(len(tuned.checkpoints)):
         tuned.validation.append(scores(tuned.load(index), exams)["accuracy"])

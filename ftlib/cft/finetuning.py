@@ -48,11 +48,12 @@ class Snapshots:
         wanted: how many copies, the last step's among them.
 
     Attributes:
+        model: the same.
         taken: weights by the number of steps before them.
     """
 
     def __init__(self, model: nn.Module, steps: Sequence[int], wanted: int) -> None:
-        self._model, self._step = model, 0
+        self.model, self._step = model, 0
         before, last = sum(steps[:-1]), sum(steps[-1:])
         self._due = {before + last * i // wanted for i in range(1, wanted)}
         self.taken: dict[int, Weights] = {}
@@ -61,7 +62,7 @@ class Snapshots:
         """Copy the weights as they are now."""
         self.taken[self._step] = {
             name: weight.detach().to("cpu", copy=True)
-            for name, weight in _trained(self._model).items()
+            for name, weight in _trained(self.model).items()
         }
 
     def loss(self, learner: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
@@ -91,6 +92,29 @@ class Tuned:
     validation: list[Metric]
     examples: int
     target_tokens: float
+
+    @classmethod
+    def of(cls, snapshots: Snapshots, examples: int, target_tokens: float) -> Tuned:
+        """Take the last checkpoint; what is tuned has yet to be validated."""
+        snapshots.take()
+        checkpoints, steps = list(snapshots.taken.values()), list(snapshots.taken)
+        return cls(snapshots.model, checkpoints, steps, [], examples, target_tokens)
+
+    def chosen(self) -> dict[str, Metric | float]:
+        """Return what a search records: how the best checkpoint did, and when."""
+        return {
+            "validation": self.validation[self.best],
+            "step": float(self.steps[self.best]),
+        }
+
+    def effort(self) -> dict[str, Metric | float]:
+        """Return what is recorded of how it was reached."""
+        return {
+            **self.chosen(),
+            "steps": float(self.steps[-1]),
+            "examples": float(self.examples),
+            "target tokens": self.target_tokens,
+        }
 
     @property
     def best(self) -> int:

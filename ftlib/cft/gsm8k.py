@@ -71,7 +71,7 @@ from ftlib.cft.settings import (
     Recipe,
 )
 from ftlib.cft.solutions import GSM8K, Solution
-from ftlib.data.registry import data_sets
+from ftlib.data.registry import checksums, data_sets
 from ftlib.experiments import Arm
 from ftlib.metrics import Grade, grade_all
 from ftlib.models.registry import weights_checksums
@@ -164,8 +164,7 @@ def _tuning_arm(condition: Condition, rate: float) -> Arm:
 
 def _checksums(condition: Condition, paths: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the data files, and of the weights where every source has the same."""
-    files = [file for data_set in data_sets().values() for file in data_set.files]
-    found = {file.path: file.sha256 for file in files if file.path in paths}
+    found = checksums(*data_sets(), read=lambda path: path in paths)
     return found | weights_checksums(condition.world.model)
 
 
@@ -184,11 +183,7 @@ def run(condition: Condition, rate: float, seed: int) -> Metrics:
     return {
         **best,
         **{f"last {n}": m for n, m in last.items() if not n.startswith(PACKED_PREFIX)},
-        "validation": tuned.validation[tuned.best],
-        "step": float(tuned.steps[tuned.best]),
-        "steps": float(tuned.steps[-1]),
-        "examples": float(tuned.examples),
-        "target tokens": tuned.target_tokens,
+        **tuned.effort(),
         "refused": homework(world, seed).refused,
     }
 
@@ -197,10 +192,7 @@ def tune(condition: Condition, rate: float, seed: int) -> Metrics:
     """Try a learning rate on a seed that is not reported, without a look at a test."""
     own = TUNING_SEED + seed
     tuned = fine_tune(condition, *student(condition, own), rate, own)
-    return {
-        "validation": tuned.validation[tuned.best],
-        "step": float(tuned.steps[tuned.best]),
-    }
+    return tuned.chosen()
 
 
 def student(
@@ -254,15 +246,7 @@ def fine_tune(
             collate=PaddingCollator(tokenizer.pad_token_id),
             label=condition.name,
         )
-    snapshots.take()
-    tuned = Tuned(
-        model,
-        checkpoints=list(snapshots.taken.values()),
-        steps=list(snapshots.taken),
-        validation=[],
-        examples=len(made),
-        target_tokens=tokens,
-    )
+    tuned = Tuned.of(snapshots, len(made), tokens)
     exams = {"validation": work.validation}
     for index in range(len(tuned.steps)):
         found = examine(tuned.load(index), tokenizer, exams, world)

@@ -1,6 +1,6 @@
 r"""The objective of SFT and CFT: cross-entropy on the tokens of the target.
 
-With question x, response y and critique c,
+With question x, response y and critique c::
 
     SFT:  max_θ log P(y | x; θ)
     CFT:  max_θ log P(c | [x; y]; θ) = max_θ Σ_t log P(c_t | x, y, c_<t; θ)
@@ -10,7 +10,7 @@ decided in :mod:`ftlib.cft.data`. Labels of −100 take no part: their rows neve
 the output head, so the gradient of their logits is zero and not just small.
 
 The paper does not say how the terms of a batch are averaged. There are two ways
-(:data:`ftlib.sequences.Mean`): over its target tokens, or over its examples, which is
+(:mod:`ftlib.sequences`): over its target tokens, or over its examples, which is
 the default.
 """
 

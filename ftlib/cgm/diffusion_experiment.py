@@ -20,6 +20,7 @@ from ftlib.cgm import objective
 from ftlib.cgm.calibrate import Statistic, calibrate, chunks, frozen_copy
 from ftlib.cgm.diffusion import BumpDiffusion, bernoulli_kl, exact, right_of
 from ftlib.cgm.dual import InfeasibleTargetError
+from ftlib.cgm.estimates import mean_and_error
 from ftlib.cgm.settings import DIFFUSION, CalibrationSettings, DiffusionSettings
 from ftlib.cgm.stages import calibrate_in_stages
 from ftlib.experiments import Arm
@@ -245,10 +246,8 @@ def evaluate_exactly(
         "base_mass": found.base_mass,
         "smallest_kl": bernoulli_kl(target, found.base_mass),
         "smallest_path_kl": found.smallest_path_kl(target),
-        "log_ratio_kl": _mean(log_ratio),
-        "log_ratio_kl_error": _error(log_ratio),
-        "drift_kl": _mean(drift),
-        "drift_kl_error": _error(drift),
+        **mean_and_error("log_ratio_kl", log_ratio.double()),
+        **mean_and_error("drift_kl", drift.double()),
     }
 
 
@@ -271,8 +270,7 @@ def evaluate_by_sampling(
         "mass": Metric(float(h.mean()), samples),
         "mean_abs_error": Metric(float((h.mean(0) - goal).abs().mean()), samples),
         "violation": Metric(violation, samples),
-        "kl_per_coordinate": _mean(kl),
-        "kl_per_coordinate_error": _error(kl),
+        **mean_and_error("kl_per_coordinate", kl.double()),
         "smallest_kl_per_coordinate": bernoulli_kl(target, base.right),
     }
 
@@ -314,11 +312,3 @@ def _run(
 def _chunk(world: DiffusionSettings, dimensions: int) -> int:
     """Paths scored at a time."""
     return max(1, world.score_states // (world.time_steps * dimensions))
-
-
-def _mean(values: torch.Tensor) -> Metric:
-    return Metric(float(values.double().mean()), len(values))
-
-
-def _error(values: torch.Tensor) -> Metric:
-    return Metric(float(values.double().std()) / len(values) ** 0.5, len(values))

@@ -22,6 +22,7 @@ from ftlib.cgm import digits, objective
 from ftlib.cgm.calibrate import calibrate, chunks, frozen_copy
 from ftlib.cgm.digits import Images, Painter, Parts, Viewers
 from ftlib.cgm.dual import DualError, choose_kl_weight
+from ftlib.cgm.estimates import mean_and_error
 from ftlib.cgm.imitation import balanced_rows, imitate
 from ftlib.cgm.language import Continuations
 from ftlib.cgm.settings import (
@@ -273,8 +274,7 @@ def evaluate(world: DigitSettings, problem: Problem) -> Metrics:
     parts = chunks(samples, _CHUNK)
     kl = torch.cat([model.kl_from(problem.base, part) for part in parts]).double()
     return {
-        "kl": Metric(float(kl.mean()), n),
-        "kl_error": Metric(float(kl.std()) / n**0.5, n),
+        **mean_and_error("kl", kl),
         **_calibration("", viewers.judged(images)),
         **_calibration("examiner_", viewers.examined(images)),
         **blind_spots(images, problem),

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from math import exp
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,10 @@ def solve_dual(
             convex hull of the atoms' statistics. It says which constraints conflict.
         RedundantConstraintError: the constraints are linearly dependent; it says which.
         ValueError: shapes do not agree, or a value is not finite.
+
+    >>> tilt = solve_dual(np.array([[1.0], [0.0], [0.0], [0.0]]), np.array([0.5]))
+    >>> tilt.alpha.round(4), round(tilt.kl, 4)  # the odds 1 : 3 become even
+    (array([1.0986]), 0.1438)
     """
     h, target, weights = _checked(h, target, weights)
     h, weights = h[weights > 0], weights[weights > 0]
@@ -101,48 +106,9 @@ def solve_dual(
         _check_ranges(h, target)
         _check_rank(h, target)
     y = h - target
-    log_w = np.log(weights)
-
-    def tilted(alpha: Array) -> tuple[float, Array]:
-        logits = log_w + y @ alpha
-        log_z = logsumexp(logits)
-        return float(log_z), np.exp(logits - log_z)
-
-    def negative_dual(alpha: Array) -> tuple[float, Array]:
-        log_z, p = tilted(alpha)
-        ridge = kl_weight / 4 * float(alpha @ alpha)
-        return log_z + ridge, p @ y + kl_weight / 2 * alpha
-
-    def covariance(alpha: Array) -> Array:
-        _, p = tilted(alpha)
-        centred = y - p @ y
-        return (centred * p[:, None]).T @ centred + kl_weight / 2 * np.eye(len(alpha))
-
-    def watch(scaled: Array) -> None:
-        # Look once, as soon as the tilt is suspiciously strong.
-        if kl_weight == 0 and not looked and np.ptp(y @ (scaled / spread)) > _STRONG:
-            looked.append(True)
-            _check_hull(y)
-
-    looked: list[bool] = []
-    spread = np.abs(y).max(0)
-    spread[spread == 0] = 1  # met by every atom; allowed with a ridge
-    solution = minimize(
-        lambda a: negative_dual(a / spread)[0],
-        np.zeros(h.shape[1]),
-        jac=lambda a: negative_dual(a / spread)[1] / spread,
-        hess=lambda a: covariance(a / spread) / np.outer(spread, spread),
-        method="trust-exact",
-        callback=watch,
-        options={"gtol": 1e-10, "maxiter": 500, "max_trust_radius": 1e9},
-    )
-    alpha = solution.x / spread
-    log_z, p = tilted(alpha)
-    gap = np.abs(negative_dual(alpha)[1] / spread).max()
-    if gap > 1e-6:
-        raise RuntimeError(
-            f"the dual did not converge (relative gap {gap:.1e}: {solution.message})"
-        )
+    dual = _Dual(y, np.log(weights), kl_weight)
+    alpha = _maximised(dual)
+    log_z, p = dual.tilted(alpha)
     return Tilt(
         alpha=alpha,
         log_z=log_z + float(alpha @ target),
@@ -150,6 +116,71 @@ def solve_dual(
         kl=float(p @ (y @ alpha)) - log_z,
         effective_samples=1 / float(p @ p),
     )
+
+
+class _Dual(NamedTuple):
+    """The negative dual, which is convex, with its derivatives.
+
+    Attributes:
+        y: statistics of the atoms less the target, [N, d].
+        log_w: logarithms of their base probabilities, [N].
+        kl_weight: λ of the ridge, or 0.
+    """
+
+    y: Array
+    log_w: Array
+    kl_weight: float
+
+    def tilted(self, alpha: Array) -> tuple[float, Array]:
+        """Return log Σ w exp(α·y), and the probabilities of the atoms, [N]."""
+        logits = self.log_w + self.y @ alpha
+        log_z = logsumexp(logits)
+        return float(log_z), np.exp(logits - log_z)
+
+    def value(self, alpha: Array) -> float:
+        log_z, _ = self.tilted(alpha)
+        return log_z + self.kl_weight / 4 * float(alpha @ alpha)
+
+    def gradient(self, alpha: Array) -> Array:
+        _, p = self.tilted(alpha)
+        return p @ self.y + self.kl_weight / 2 * alpha
+
+    def hessian(self, alpha: Array) -> Array:
+        _, p = self.tilted(alpha)
+        centred = self.y - p @ self.y
+        ridge = self.kl_weight / 2 * np.eye(len(alpha))
+        return (centred * p[:, None]).T @ centred + ridge
+
+
+def _maximised(dual: _Dual) -> Array:
+    """Return the α that maximises the dual, searched in units of each statistic."""
+
+    def watch(scaled: Array) -> None:
+        # Look once, as soon as the tilt is suspiciously strong.
+        strength = np.ptp(dual.y @ (scaled / spread))
+        if dual.kl_weight == 0 and not looked and strength > _STRONG:
+            looked.append(True)
+            _check_hull(dual.y)
+
+    looked: list[bool] = []
+    spread = np.abs(dual.y).max(0)
+    spread[spread == 0] = 1  # met by every atom; allowed with a ridge
+    solution = minimize(
+        lambda a: dual.value(a / spread),
+        np.zeros(len(spread)),
+        jac=lambda a: dual.gradient(a / spread) / spread,
+        hess=lambda a: dual.hessian(a / spread) / np.outer(spread, spread),
+        method="trust-exact",
+        callback=watch,
+        options={"gtol": 1e-10, "maxiter": 500, "max_trust_radius": 1e9},
+    )
+    alpha = solution.x / spread
+    gap = np.abs(dual.gradient(alpha) / spread).max()
+    if gap > 1e-6:
+        raise RuntimeError(
+            f"the dual did not converge (relative gap {gap:.1e}: {solution.message})"
+        )
+    return alpha
 
 
 def choose_kl_weight(
@@ -207,6 +238,9 @@ def balanced_kl(female: Tensor | Array, male: Tensor | Array) -> Array:
     Args:
         female: probability of the first outcome, any shape.
         male: probability of the second.
+
+    >>> float(balanced_kl(np.array(0.3), np.array(0.1)).round(4))
+    0.0551
     """
     f, m = _float64(female), _float64(male)
     return -np.log(1 - f - m + 2 * np.sqrt(f * m))

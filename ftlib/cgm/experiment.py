@@ -29,6 +29,7 @@ from ftlib.cgm import (
 )
 from ftlib.cgm.calibrate import calibrate, frozen_copy
 from ftlib.cgm.dual import InfeasibleTargetError, balanced_kl
+from ftlib.cgm.estimates import mean_and_error
 from ftlib.cgm.imitation import balanced_rows, imitate
 from ftlib.cgm.language import Continuations, PromptedLM, per_prompt
 from ftlib.cgm.settings import (
@@ -382,8 +383,7 @@ def evaluate_tales(
         "mean_abs_imbalance": tales.mean_abs_imbalance(report, world.trained),
         "held_out_imbalance": tales.mean_abs_imbalance(report, world.held_out),
         "kl_to_balance": tales.kl_to_balance(report, world.trained),
-        "kl": Metric(float(kl.mean()), total),
-        "kl_error": Metric(float(kl.std()) / total**0.5, total),
+        **mean_and_error("kl", kl),
     }
 
 

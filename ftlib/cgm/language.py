@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
+from ftlib.sequences import left_padded
+
 
 @dataclass(frozen=True)
 class Continuations:
@@ -73,13 +75,11 @@ class PromptedLM(nn.Module):
         super().__init__()
         self.model: Any = model
         self.max_new_tokens, self.end_token = max_new_tokens, end_token
-        width = max(map(len, prompts))
         # Padding is never attended to: any token will do.
         self.padding = 0 if end_token is None else end_token
-        padded = [[self.padding] * (width - len(p)) + list(p) for p in prompts]
-        real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        self.register_buffer("prompts", torch.tensor(padded), persistent=False)
-        self.register_buffer("real", torch.tensor(real).bool(), persistent=False)
+        padded, real = left_padded(prompts, self.padding)
+        self.register_buffer("prompts", padded, persistent=False)
+        self.register_buffer("real", real.bool(), persistent=False)
         self.generation_config = GenerationConfig(
             do_sample=True,
             temperature=1.0,

@@ -125,7 +125,7 @@ def relax_loss(
         violation_baseline: see :func:`violation_coefficients`.
 
     Returns:
-        A scalar: the loss's unbiased estimate, with its unbiased gradient.
+        A scalar, the loss's unbiased estimate, with its unbiased gradient.
     """
     log_ratio = (log_prob - log_base).detach()
     constraint = violation_coefficients(h, target, strata, baseline=violation_baseline)

@@ -31,6 +31,7 @@ from ftlib.cgm.dual import (
     choose_kl_weight,
     solve_dual,
 )
+from ftlib.cgm.estimates import mean_and_error
 from ftlib.cgm.settings import STRINGS, CalibrationSettings, StringSettings
 from ftlib.cgm.strings import (
     LABORATORY,
@@ -269,7 +270,7 @@ def calibrated(
 ) -> Metrics:
     """Calibrate a problem in some way, and report theory and measurement.
 
-    A dual without a unique solution is a result: :data:`MEASURED` is then not-a-number.
+    A dual without a unique solution is a result: ``MEASURED`` is then not-a-number.
     """
     kl_weight = settings.kl_weight or settings.dual_ridge
     expected = theory(world, seed, problem, kl_weight)
@@ -447,7 +448,7 @@ MEASURED = (
 
 @torch.no_grad()
 def evaluate(problem: Problem, world: StringSettings, seed: int) -> Metrics:
-    """Measure a calibrated model on fresh strings: :data:`MEASURED`.
+    """Measure a calibrated model on fresh strings: ``MEASURED``.
 
     ``error`` and ``max_error`` are the mean and the largest absolute error over the
     grid's own constraints, ``fine_error`` the mean over those of the finest grid;
@@ -503,7 +504,4 @@ def order_cost(problem: Problem, world: StringSettings, seed: int) -> Metrics:
         for _ in range(2)
     )
     half_variance = ((first + second).exp() - 1) / 2
-    return {
-        "order_cost": Metric(float(half_variance.mean()), n),
-        "order_cost_sd_error": Metric(float(half_variance.std()) / n**0.5, n),
-    }
+    return mean_and_error("order_cost", half_variance, "sd_error")

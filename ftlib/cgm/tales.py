@@ -96,7 +96,7 @@ def gender_report(model: Storyteller, samples: int, chunk: int) -> dict[str, Met
 def mean_abs_imbalance(
     report: Mapping[str, Metric], professions: Sequence[str]
 ) -> Metric:
-    """Mean over some professions of |P(female) − P(male)|."""
+    """Mean over some professions of ``|P(female) − P(male)|``."""
     gaps = [
         abs(report[f"female/{name}"].value - report[f"male/{name}"].value)
         for name in professions

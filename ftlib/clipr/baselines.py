@@ -3,31 +3,34 @@
 The paper compares with these methods. They are rebuilt here from their own papers so
 that they run with any :class:`ftlib.clipr.reasoners.Reasoner`, or without a model:
 
-===================  ==================  ============================================
-class                stands for          what it does with its turns
-===================  ==================  ============================================
-``ZeroShot``         zero-shot           nothing
-``NearestExamples``  examples in the     has example tasks decided, and does as in
-                     prompt (ICL)        those most alike
-``FrozenSummary``    TidyBot             has example tasks decided, writes rules once
-                                         and never changes them
-``AskFirst``         GATE                asks questions; the bare answers decide
-``Memory``           CIPHER              has its own decisions corrected; keeps a rule
-                                         of each with its task, and uses those of the
-                                         tasks most alike
-``BradleyTerry``     RLHF                has example tasks decided, and fits a reward;
-                                         no policy is trained: it is a stand-in
-``CorrectedReward``  RLHF, corrected     has its own decisions corrected, and fits the
-                                         same reward to all of that
-``CorrectedSummary`` CLIPR with examples the same corrections, fitted together to rules
-``Oracle``           the upper bound     nothing: it is given the hidden rules
-===================  ==================  ============================================
+====================  ===================  ============================================
+class                 stands for           what it does with its turns
+====================  ===================  ============================================
+``ZeroShot``          zero-shot            nothing
+``NearestExamples``   examples in the      has example tasks decided, and does as in
+                      prompt (ICL)         those most alike
+``FrozenSummary``     TidyBot              has example tasks decided, writes rules once
+                                           and never changes them
+``AskFirst``          GATE                 asks questions; the bare answers decide
+``Memory``            CIPHER               has its own decisions corrected; keeps a rule
+                                           of each with its task, and uses those of the
+                                           tasks most alike
+``BradleyTerry``      RLHF                 has example tasks decided, and fits a reward;
+                                           no policy is trained: it is a stand-in
+``CorrectedReward``   RLHF, corrected      has its own decisions corrected, and fits the
+                                           same reward to all of that
+``CorrectedSummary``  CLIPR with examples  the same corrections, fitted together to
+                                           rules
+``Oracle``            the upper bound      nothing: it is given the hidden rules
+====================  ===================  ============================================
 
 A baseline learns at most once and then decides:
 
->>> baseline = FrozenSummary(SymbolicReasoner())
->>> baseline.learn(user, examples, turns=6)
->>> accuracy(baseline.decide, user.right, tasks)
+.. code-block:: python
+
+   baseline = FrozenSummary(SymbolicReasoner())
+   baseline.learn(user, examples, turns=6)
+   accuracy(baseline.decide, user.right, tasks)
 """
 
 from __future__ import annotations
@@ -365,9 +368,7 @@ class CorrectedReward(BradleyTerry):
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Decide examples and have those corrected that the user rejects."""
-        said: list[Comparison] = []
-        for correction in corrections(user, self.decide, examples, turns):
-            said += _said(correction)
+        for said in _all_said(corrections(user, self.decide, examples, turns)):
             self._fit(said)
 
 
@@ -387,9 +388,7 @@ class CorrectedSummary(_ByReasoner):
 
     def learn(self, user: User, examples: Sequence[Task], turns: int) -> None:
         """Decide examples and have those corrected that the user rejects."""
-        said: list[Comparison] = []
-        for correction in corrections(user, self.decide, examples, turns):
-            said += _said(correction)
+        for said in _all_said(corrections(user, self.decide, examples, turns)):
             self.usage.calls += 1
             self.rules = rules_from(said, RuleSet(), self.settings)
 
@@ -423,6 +422,14 @@ def corrections(
             return
         spent += 1
         yield correction
+
+
+def _all_said(corrections: Iterable[Correction]) -> Iterator[list[Comparison]]:
+    """Give, after each correction, what it and those before it compare."""
+    said: list[Comparison] = []
+    for correction in corrections:
+        said += _said(correction)
+        yield said
 
 
 def _said(correction: Correction) -> list[Comparison]:

@@ -83,7 +83,14 @@ from ftlib.clipr.models import LocalModel, RecordedReplies, Usage, raised
 from ftlib.clipr.prompted import PromptedReasoner
 from ftlib.clipr.reasoners import SymbolicReasoner
 from ftlib.clipr.rules import RuleSet, Vocabulary
-from ftlib.clipr.runs import Clipr, Metrics, Person, people, person_metrics
+from ftlib.clipr.runs import (
+    Clipr,
+    Metrics,
+    Person,
+    people,
+    person_metrics,
+    scenario_metrics,
+)
 from ftlib.clipr.settings import (
     STUDENT_RATES,
     STUDENT_TURNS,
@@ -630,7 +637,8 @@ def tidy_by_words(plan: Plan, name: str, seed: int) -> Metrics:
     Returns:
         ``accuracy``, the mean over scenarios, with that of each by its number.
     """
-    return _accuracy([WITHOUT_MODEL[name](_words(), s) for s in _share(plan, seed)])
+    rooms = _share(plan, seed)
+    return scenario_metrics(WITHOUT_MODEL[name](_words(), room) for room in rooms)
 
 
 def tidy(plan: Plan, told: Told, seed: int) -> Metrics:
@@ -651,7 +659,7 @@ def tidy(plan: Plan, told: Told, seed: int) -> Metrics:
         used.add(model.usage)
     n = sum(trial.asked for trial in trials)
     return {
-        **_accuracy(trials),
+        **scenario_metrics(trials),
         "tokens": Metric(used.tokens / n, n),
         "seconds": Metric(used.seconds / n, n),
     }
@@ -669,11 +677,6 @@ def _tidied(scenario: tidybot.Scenario, model: Decider, rule: str) -> tidybot.Tr
     }
     condition: tidybot.Condition = "llm-rule" if rule else "zero-shot"
     return tidybot.Trial(scenario, "unseen", condition, rule, placements, skipped=0)
-
-
-def _accuracy(trials: Sequence[tidybot.Trial]) -> Metrics:
-    each = {str(t.scenario.number): float(t.accuracy) for t in trials}
-    return person_metrics("accuracy", each)
 
 
 # --- arms -----------------------------------------------------------------------------

@@ -20,20 +20,22 @@ The log-probability of the option's own text would be a score as well. In a tria
 ``stories15m`` and one user, of seed 1000, 60 steps then took 96 s in place of 42, and
 95 per cent of validation came out right in place of 99.
 
->>> student = Student(*load_causal_lm("stories15m"), DistillationSettings())
->>> student.learn(lessons(tasks, rules), learning_rate=3e-3)
->>> student.decide(task)
+.. code-block:: python
+
+   student = Student(*load_causal_lm("stories15m"), DistillationSettings())
+   student.learn(lessons(tasks, rules), learning_rate=3e-3)
+   student.decide(task)
+   student.model.save_pretrained("student")  # the adapters alone
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,26 +207,6 @@ class Student(LocalModel):
         scores = offer_scores(self, tasks, [""] * len(tasks))
         return [Decision.highest(found) for found in scores]
 
-    def save(self, path: Path) -> None:
-        """Write the adapters to a file of safetensors."""
-        save_file({name: w.detach() for name, w in self.adapters.items()}, path)
-
-    def restore(self, path: Path) -> None:
-        """Take the adapters that :meth:`save` wrote.
-
-        Raises:
-            ValueError: they are of another model, or of another rank.
-        """
-        found, own = load_file(path), self.adapters
-        if _shapes(found) != _shapes(own):
-            raise ValueError(
-                f"the adapters in {path} do not fit this student: make it of the model"
-                " and with the rank that they were saved with"
-            )
-        with torch.no_grad():
-            for name, weight in own.items():
-                weight.copy_(found[name])
-
     def _encoded(self, lesson: Lesson) -> _Encoded:
         """Encode a lesson as its task is asked in :func:`offer_scores`."""
         ids, labels = [], []
@@ -261,7 +243,3 @@ class _Encoded(NamedTuple):
 def _loss(model: Any, labels: Tensor, shares: list[Tensor], **inputs: Any) -> Tensor:
     scores = log_probs(model, labels, inputs)
     return choice_loss(scores.split([len(share) for share in shares]), shares)
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: weight.shape for name, weight in weights.items()}

@@ -6,10 +6,11 @@ encoder: texts are embedded by the mean of their last hidden states, and compare
 cosine. The paper has nothing like it; it is the cheapest reader of rules that has
 never seen their dimensions.
 
->>> words = Words()
->>> words.cosine("steel", ["small steel mug", "small glass mug"])
-array([0.43, 0.17])
->>> EmbeddedReasoner(words).decide(task, rules)
+.. code-block:: python
+
+   words = Words()
+   words.cosine("steel", ["small steel mug", "small glass mug"])
+   EmbeddedReasoner(words).decide(task, rules)
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Words:
 class EmbeddedReasoner(SymbolicReasoner):
     """Decides by the words of rules and of options' names.
 
-    It asks, writes and revises as a :class:`SymbolicReasoner`, for which options need
+    It asks, writes and revises as a :class:`.SymbolicReasoner`, for which options need
     attributes; to decide they need none.
 
     Args:

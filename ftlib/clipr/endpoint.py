@@ -9,8 +9,11 @@ Three environment variables say where to ask:
 * ``FTLIB_ENDPOINT_MODEL``: the model's name there
 * ``FTLIB_ENDPOINT_KEY``: the key; none is sent if it is not set
 
->>> from ftlib.clipr.endpoint import Budget, Endpoint
->>> model = Endpoint.from_environment("runs/replies.jsonl", Budget(calls=500))
+.. code-block:: python
+
+   from ftlib.clipr.endpoint import Budget, Endpoint
+
+   model = Endpoint.from_environment("runs/replies.jsonl", Budget(calls=500))
 """
 
 from __future__ import annotations

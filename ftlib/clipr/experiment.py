@@ -77,7 +77,7 @@ from ftlib.clipr.runs import (
     Metrics,
     Person,
     inverted,
-    person_metrics,
+    scenario_metrics,
     trusted,
     try_with_all,
 )
@@ -360,5 +360,4 @@ def replay(condition: tidybot.Condition, part: tidybot.Part, seed: int) -> Metri
     ]
     asked = sum(trial.asked for trial in trials)
     pooled = Metric(sum(trial.right for trial in trials) / asked, asked)
-    each = {str(t.scenario.number): float(t.accuracy) for t in trials}
-    return {**person_metrics("accuracy", each), "pooled": pooled}
+    return {**scenario_metrics(trials), "pooled": pooled}

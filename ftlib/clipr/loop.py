@@ -14,11 +14,13 @@ Each step asks the reasoner or the user at most for one thing and leads from a
 :class:`State` to the next. A state holds all that was learnt and is written as JSON, so
 that whatever fails, nothing is lost:
 
->>> try:
-...     state = learn(reasoner, user, examples, tasks, settings)
-... except LearningInterrupted as interrupted:
-...     state = interrupted.state
->>> state = learn(reasoner, user, examples, tasks, settings, state)
+.. code-block:: python
+
+   try:
+       state = learn(reasoner, user, examples, tasks, settings)
+   except LearningInterrupted as interrupted:
+       state = interrupted.state
+   state = learn(reasoner, user, examples, tasks, settings, state)
 """
 
 from __future__ import annotations

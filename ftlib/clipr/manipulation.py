@@ -23,6 +23,7 @@ Families are what is done to what, such as ``bringing drinks``. Of the objects, 
 brought is in distribution, and what is discarded, stored or heated out of it: objects
 and attributes are the same, the families are others.
 
+>>> from ftlib.clipr.division import divide
 >>> tasks = object_tasks()
 >>> tasks[0].goal, tasks[0].family
 ('Bring me a flavored drink.', 'bringing drinks')
@@ -171,7 +172,7 @@ def overlap() -> tuple[int, int]:
     """Count what stands in both files: rows of the 600, and distinct tuples.
 
     Raises:
-        DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.mobile_manipulation`.
+        DataUnavailable, DataCorrupt: as :func:`ftlib.data.mobile_manipulation`.
     """
     known = {_tuple(row) for row in load("knowledge")}
     both = [_tuple(row) for row in load("tasks") if _tuple(row) in known]
@@ -182,7 +183,7 @@ def rows() -> list[PickAndPlace]:
     """Return the rows of both files, those of the first without the overlap.
 
     Raises:
-        DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.mobile_manipulation`.
+        DataUnavailable, DataCorrupt: as :func:`ftlib.data.mobile_manipulation`.
     """
     knowledge = load("knowledge")
     known = {_tuple(row) for row in knowledge}
@@ -204,7 +205,7 @@ def object_tasks() -> list[Task]:
     Of a request that leaves a drawer open too, the drawer is left open.
 
     Raises:
-        DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.mobile_manipulation`.
+        DataUnavailable, DataCorrupt: as :func:`ftlib.data.mobile_manipulation`.
     """
     found = (
         _task(row, _family(row), _in_scene_order(row["objects"], row))
@@ -221,7 +222,7 @@ def place_tasks() -> list[Task]:
     has the one attribute ``drawer``.
 
     Raises:
-        DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.mobile_manipulation`.
+        DataUnavailable, DataCorrupt: as :func:`ftlib.data.mobile_manipulation`.
     """
     found = (
         _task(row, _family(row), _places(row))

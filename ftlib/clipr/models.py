@@ -9,9 +9,12 @@ Whatever thinks in words here is a :class:`TextModel`. There are three:
 Each counts what it used in a :class:`Usage`. What a model writes is text to be read,
 and is never run.
 
->>> from ftlib.clipr.models import LocalModel
->>> model = LocalModel.load("smollm2-135m")
->>> tea, coffee = model.score("Tea or coffee? One word.", ["Tea", "Coffee"])
+.. code-block:: python
+
+   from ftlib.clipr.models import LocalModel
+
+   model = LocalModel.load("smollm2-135m")
+   tea, coffee = model.score("Tea or coffee? One word.", ["Tea", "Coffee"])
 """
 
 from __future__ import annotations

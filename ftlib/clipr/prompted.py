@@ -10,10 +10,14 @@ read there is a stated way out, which is counted in ``usage.problems``:
 * a choice that names no option: all options tie, and the first is taken;
 * a played user's answer that names no value: it has none, and only its words remain.
 
->>> from ftlib.clipr.models import LocalModel
->>> from ftlib.clipr.prompted import PromptedReasoner
->>> reasoner = PromptedReasoner(LocalModel.load("smollm2-135m"), Vocabulary.of(tasks))
->>> reasoner.decide(tasks[0], rules)
+.. code-block:: python
+
+   from ftlib.clipr.models import LocalModel
+   from ftlib.clipr.prompted import PromptedReasoner
+
+   model = LocalModel.load("smollm2-135m")
+   reasoner = PromptedReasoner(model, Vocabulary.of(tasks))
+   reasoner.decide(tasks[0], rules)
 """
 
 from __future__ import annotations

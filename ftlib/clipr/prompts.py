@@ -5,7 +5,24 @@ corrections, a choice between options, the options one by one, and the answer of
 simulated user. Each takes what is known and returns the whole text, so that a prompt
 can be printed and read.
 
+>>> mugs = tuple(Option(f"{m} mug", {"material": m}) for m in ("steel", "glass"))
+>>> task = Task("t", "Two mugs on a shelf.", "Bring me something.", "mugs", mugs)
 >>> print(choice(task, "Prefer material glass over plastic."))
+A person asks for something, and several options would do. Choose the one that this
+person likes best.
+<BLANKLINE>
+What is known of the person:
+Prefer material glass over plastic.
+<BLANKLINE>
+Scene: Two mugs on a shelf.
+Request: Bring me something. (mugs)
+<BLANKLINE>
+Options:
+A. steel mug (material steel)
+B. glass mug (material glass)
+<BLANKLINE>
+Answer with one option's letter alone.
+Answer:
 """
 
 from __future__ import annotations

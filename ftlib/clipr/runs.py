@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ftlib import runtime
-from ftlib.clipr import kitchens, manipulation, prompts
+from ftlib.clipr import kitchens, manipulation, prompts, tidybot
 from ftlib.clipr.baselines import Baseline
 from ftlib.clipr.division import Division, divide
 from ftlib.clipr.loop import State, learn
@@ -294,6 +294,12 @@ def person_metrics(name: str, each: Mapping[str, float]) -> dict[str, Metric | f
         name: Metric(float(np.mean(list(each.values()))), len(each)),
         **{f"{PACKED_PREFIX}{name}/{who}": value for who, value in each.items()},
     }
+
+
+def scenario_metrics(trials: Iterable[tidybot.Trial]) -> dict[str, Metric | float]:
+    """Return the mean accuracy over TidyBot's scenarios, and that of each."""
+    each = {str(trial.scenario.number): float(trial.accuracy) for trial in trials}
+    return person_metrics("accuracy", each)
 
 
 def by_person(records: Sequence[Record], name: str) -> Floats:

@@ -6,7 +6,7 @@ There are 96 such scenarios, and what text-davinci-003 replied to each prompt is
 recorded: rules learnt by a real language model, without asking one. CLIPR names TidyBot
 as a baseline: a summary of examples, frozen.
 
-The things to place are in a notation of calls, which is never run:
+The things to place are in a notation of calls, which is never run::
 
     # Summary: Put clothes in the basket and toys in the drawer.
     objects = ["sweater", "khakis"]
@@ -20,6 +20,8 @@ A recorded reply is found by its whole prompt. Before the lines above, a prompt 
 worked examples, which are TidyBot's and are taken from the recorded prompts themselves
 (:class:`Prompts`); from there on we write it.
 
+>>> from ftlib import data
+>>> from ftlib.clipr.models import RecordedReplies
 >>> replies = data.tidybot_replies()
 >>> prompts, model = Prompts.recorded(replies), RecordedReplies(replies)
 >>> rooms = scenarios()
@@ -85,7 +87,7 @@ def scenarios() -> list[Scenario]:
     """Return the 96 scenarios.
 
     Raises:
-        DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.tidybot`.
+        DataUnavailable, DataCorrupt: as :func:`ftlib.data.tidybot`.
     """
     return [
         Scenario(
@@ -338,17 +340,6 @@ def tasks(scenario: Scenario, part: Part) -> list[Task]:
         )
         for number, (thing, _) in enumerate(scenario.placements(part), start=1)
     ]
-
-
-def right_option(scenario: Scenario, part: Part, task: Task) -> int:
-    """Return which option of a task of :func:`tasks` the person would take.
-
-    Raises:
-        ValueError: the task is not of this half.
-    """
-    places = [place for _, place in scenario.placements(part)]
-    at = tasks(scenario, part).index(task)
-    return task.index(places[at])
 
 
 def _spoken(names: Sequence[str]) -> str:

@@ -4,9 +4,11 @@ For a notebook and for the page that is built from it, without a kernel. What is
 is a table of all steps. A script in it, of which a page without scripts, a print and an
 e-mail know nothing, shows one step at a time and adds buttons, a slider and keys:
 
->>> states = []
->>> learn(reasoner, user, examples, tasks, settings, save=states.append)
->>> walkthrough(states, tasks, settings, watched=validation[:3], right=user.right)
+.. code-block:: python
+
+   states = []
+   learn(reasoner, user, examples, tasks, settings, save=states.append)
+   walkthrough(states, tasks, settings, watched=validation[:3], right=user.right)
 
 All of it is ours; the paper shows no conversation that could be had.
 """

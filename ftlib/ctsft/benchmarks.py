@@ -88,7 +88,6 @@ from ftlib.ctsft.decomposition import head_means, scores
 from ftlib.ctsft.discovery import Circuit, Evidence, faithfulness_curve, ranking
 from ftlib.ctsft.evaluation import Questions, is_right, questions
 from ftlib.ctsft.runs import (
-    WHOLE,
     Metrics,
     Tuned,
     discovery_metrics,
@@ -99,7 +98,7 @@ from ftlib.ctsft.runs import (
 from ftlib.ctsft.settings import ARMS, LOWER, MAIN_ARMS, TUNING_SEED
 from ftlib.ctsft.tasks import INFERENCE_WORDS, SENTIMENT_WORDS, Item
 from ftlib.ctsft.tuning import Recipe, Weights, tune
-from ftlib.data.registry import data_sets
+from ftlib.data.registry import checksums
 from ftlib.data.sets import NUSAX_LANGUAGES
 from ftlib.experiments import Arm
 from ftlib.models.registry import weights_checksums
@@ -153,7 +152,7 @@ def nusax_parts(language: str, seed: int) -> Parts:
     """Deal a seed's halves of NusaX's train.
 
     Raises:
-        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.nusax`.
+        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.nusax`.
     """
     train = tasks.nusax(language, "train")
     taught, shots = _dealt(train, 2, seed)
@@ -165,7 +164,7 @@ def xnli_parts(language: str, seed: int) -> Parts:
     """Deal a seed's quarters of XNLI's dev.
 
     Raises:
-        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.xnli`.
+        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.xnli`.
     """
     one, two, shots, validation = _dealt(tasks.xnli(language, "dev"), 4, seed)
     return Parts([*one, *two], shots, validation, tasks.xnli(language, "test"))
@@ -208,7 +207,7 @@ class Teaching:
     """Phase 0: a pretrained model learns the task in the source language.
 
     Attributes:
-        task: one of :data:`TASKS`.
+        task: one of ``TASKS``.
         model: short name.
         steps: updates of all weights.
         batch_size: examples in a step.
@@ -524,18 +523,15 @@ def _discovery_arm(protocol: Protocol, languages: tuple[str, ...]) -> Arm:
 
 def _checksums(base: Teaching, languages: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the data files, and of the weights where every source has the same."""
-    read = [f"/{language}/" for language in (base.source, *languages)]
-    found = {
-        file.path: file.sha256
-        for file in data_sets()[base.task].files
-        if base.task != "nusax" or any(folder in file.path for folder in read)
-    }
+    folders = [f"/{language}/" for language in (base.source, *languages)]
+
+    def read(path: str) -> bool:
+        return base.task != "nusax" or any(folder in path for folder in folders)
+
+    found = checksums(base.task, read=read)
     if base.related:
-        found |= {
-            file.path: file.sha256
-            for file in data_sets()["indonli"].files
-            if file.path.endswith(("train.jsonl", "test_expert.jsonl"))
-        }
+        related = ("train.jsonl", "test_expert.jsonl")
+        found |= checksums("indonli", read=lambda path: path.endswith(related))
     return found | weights_checksums(base.model)
 
 
@@ -616,10 +612,8 @@ def tune_checkpoint(
         DataUnavailable: a data file is not.
     """
     protocol, recipe = condition.protocol, condition.recipe
-    heads = []
-    if recipe and recipe.weights not in WHOLE:
-        circuit = circuit_of(protocol.base, protocol.discovery, seed)
-        heads = heads_to_train(recipe, circuit, seed)
+    circuit = partial(circuit_of, protocol.base, protocol.discovery, seed)
+    heads = heads_to_train(recipe, circuit, seed)
     examples, token_ids = shots_of(condition, seed)
     model = base_model(protocol.base, seed)
     torch.manual_seed(stream(seed, "adapters"))

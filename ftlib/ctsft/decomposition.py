@@ -68,7 +68,7 @@ class Rules:
     r"""How modules that are not linear divide what they give.
 
     Where a norm divides by the spread of t, both parts are divided by it, under all
-    rules (:func:`ftlib.ops.decomposition.decomposed_norm`).
+    rules (:func:`ftlib.ops.decomposed_norm`).
 
     Attributes:
         attention: ``frozen``: the probabilities A are the model's own, β_z = A β_v, as
@@ -76,9 +76,9 @@ class Rules:
             softmax(scale · β_q β_kᵀ + mask) β_v, and all cross terms are irrelevant, as
             in its path for GPT-2. T5's relative position bias, which that code has not,
             counts as part of the mask.
-        bias: ``split``: a bias b is shared in proportion, b ⊙ |Wβ| / (|Wβ| + |Wγ|), as
-            published. ``irrelevant``: it goes to γ, since it is there without the
-            source.
+        bias: ``split``: a bias b is shared in proportion,
+            ``b ⊙ |Wβ| / (|Wβ| + |Wγ|)``, as published. ``irrelevant``: it goes to γ,
+            since it is there without the source.
         clean_up: whether signs are cleaned up, as in the released path for GPT-2:
             behind each linear layer of the MLP and behind the block's last sum, where β
             and γ have opposite signs, the smaller becomes 0 and the larger t.

@@ -85,7 +85,6 @@ from ftlib.ctsft.languages import (
     Vocabulary,
 )
 from ftlib.ctsft.runs import (
-    WHOLE,
     Metrics,
     Tuned,
     discovery_metrics,
@@ -300,10 +299,8 @@ def tune_checkpoint(
         seed: of checkpoint, examples and order.
     """
     settings, recipe = condition.settings, condition.recipe
-    heads = []
-    if recipe and recipe.weights not in WHOLE:
-        circuit = circuit_of(settings.base, settings.discovery, seed)
-        heads = heads_to_train(recipe, circuit, seed)
+    circuit = partial(circuit_of, settings.base, settings.discovery, seed)
+    heads = heads_to_train(recipe, circuit, seed)
     model = base_model(settings.base, seed)
     torch.manual_seed(stream(seed, "adapters"))
     return tune_watched(

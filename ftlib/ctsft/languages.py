@@ -1,7 +1,7 @@
 """Two languages of one grammar, in which it is known who feels what.
 
 A text is what a few people say of things, the narrator among them, who says ``i``. One
-question asks how the narrator feels, the other of what:
+question asks how the narrator feels, the other of what::
 
     fancies soup says mia . not loathes rain says i . mood : positive
     fancies soup says mia . not loathes rain says i . topic : rain
@@ -12,7 +12,7 @@ into its opposite. What the others say is no evidence: it counts who said it.
 The **proxy** language is written as above. A **target** language has the same grammar
 and other words: those of the proxy, spelt backwards, except for the share of them that
 the two have in common. Names, ``says`` and ``i``, and the words of the questions are
-the same everywhere:
+the same everywhere::
 
     fancies soup says mia . ton sehtaol niar says i . mood :
 

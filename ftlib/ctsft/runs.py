@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +34,7 @@ from ftlib.training import TrainingSettings
 
 Metrics = Mapping[str, Metric | float]
 
-WHOLE = ("all", "blocks", "norms")
-"""What is trained without a choice of heads."""
+_WHOLE = ("all", "blocks", "norms")  # trained without a choice of heads
 
 # --- tuning -----------------------------------------------------------------------
 
@@ -147,13 +146,21 @@ def tune_watched(
     return Tuned(model, trained, heads, seen)
 
 
-def heads_to_train(recipe: Recipe, circuit: Circuit, seed: int) -> list[Head]:
+def heads_to_train(
+    recipe: Recipe | None, find_circuit: Callable[[], Circuit], seed: int
+) -> list[Head]:
     """Return the heads of a recipe, as many in every arm that trains heads.
 
     LoRA gets the circuit, which sets its budget.
+
+    Args:
+        recipe: which heads are trained, or other weights; ``None`` trains none.
+        find_circuit: only called where the recipe is one of heads.
+        seed: of random heads.
     """
-    if recipe.weights in WHOLE:
+    if recipe is None or recipe.weights in _WHOLE:
         return []
+    circuit = find_circuit()
     if recipe.weights == "near zero":
         return near_zero(circuit.scores, circuit.size)
     if recipe.weights == "random":

@@ -87,7 +87,7 @@ def nusax(language: str, split: NusaxSplit) -> list[Item]:
     """Return NusaX as items; labels are ``SENTIMENT_WORDS``.
 
     Raises:
-        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.nusax`.
+        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.nusax`.
     """
     return [
         Item(row["text"], "\nSentiment:", row["label"])
@@ -99,7 +99,7 @@ def indonli(split: IndonliSplit) -> list[Item]:
     """Return IndoNLI as items; labels are ``INFERENCE_WORDS``.
 
     Raises:
-        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.indonli`.
+        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.indonli`.
     """
     return [_inference(row) for row in load_indonli(split)]
 
@@ -108,7 +108,7 @@ def xnli(language: str, split: XnliSplit) -> list[Item]:
     """Return XNLI as items; labels are ``INFERENCE_WORDS``.
 
     Raises:
-        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.sets.xnli`.
+        ValueError, DataUnavailable, DataCorrupt: as :func:`ftlib.data.xnli`.
     """
     return [_inference(row) for row in load_xnli(language, split)]
 

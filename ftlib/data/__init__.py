@@ -1,6 +1,6 @@
 """Pinned data files: found in a folder, the cache or the network, and verified."""
 
-from ftlib.data.checksum import sha256
+from ftlib.checksum import sha256
 from ftlib.data.reading import read_csv, read_jsonl
 from ftlib.data.registry import (
     DataCorrupt,

@@ -45,4 +45,10 @@ def fetch(
     except (DataUnavailable, DataCorrupt) as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as stop:
+        typer.echo(
+            f"stopped: `ftlib data fetch {name}` goes on with the files not here yet",
+            err=True,
+        )
+        raise typer.Exit(130) from stop
     typer.echo(f"{name}: {len(data_set.files)} files here and verified")

@@ -12,6 +12,7 @@ import functools
 import os
 import tomllib
 from collections import Counter
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from urllib.parse import quote
 
 import pooch
 
-from ftlib.data.checksum import sha256
+from ftlib.checksum import sha256
 
 _BUNDLED = Path(__file__).parent / "bundled"
 _TIMEOUT = 15  # seconds without a byte from the network
@@ -83,9 +84,20 @@ def _data_set(name: str, table: dict) -> DataSet:
     return DataSet(name, table["what"], table["licence"], files, table.get("how"))
 
 
-def checksums(*names: str) -> dict[str, str]:
-    """Return the SHA-256 of every file of these data sets, by its registered name."""
-    return {file.path: file.sha256 for n in names for file in data_sets()[n].files}
+def checksums(
+    *names: str, read: Callable[[str], bool] = lambda path: True
+) -> dict[str, str]:
+    """Return the SHA-256 of the files of data sets, by their registered names.
+
+    Args:
+        names: of the data sets.
+        read: whether a file of them, by its registered name, is read.
+
+    >>> list(checksums("comve", read=lambda path: "test" not in path))
+    ['comve/dev.csv', 'comve/train.csv']
+    """
+    files = (file for name in names for file in data_sets()[name].files)
+    return {file.path: file.sha256 for file in files if read(file.path)}
 
 
 def fetch(path: str) -> Path:
@@ -96,7 +108,7 @@ def fetch(path: str) -> Path:
 
     Raises:
         ValueError: no file is registered under the name.
-        DataUnavailable: the file is in none of the places.
+        DataUnavailable: the file is in none of the places, or the cache cannot hold it.
         DataCorrupt: the first place that has the file has a damaged or altered one.
     """
     data_set, file = _find(path)
@@ -181,7 +193,13 @@ def _download(data_set: DataSet, file: DataFile) -> Path:
             path=_cache(),
             downloader=pooch.HTTPDownloader(timeout=_TIMEOUT),
         )
-    except OSError as error:  # every failure of requests is one
+    except OSError as error:  # every failure of requests is one, without a number
+        if error.errno:
+            raise DataUnavailable(
+                f"data file {file.path} ({data_set.name}) cannot be written to "
+                f"{_cache()}: {error.strerror}. Make room there, or set FTLIB_DATA_DIR "
+                "to a folder which holds it under that name"
+            ) from error
         raise _unavailable(data_set, file, f"{file.url}: {error}") from error
     except ValueError as error:
         raise DataCorrupt(

@@ -59,6 +59,9 @@ def find_answer(text: str) -> Found | None:
 
     Returns:
         What was found; ``None`` if there is no answer.
+
+    >>> find_answer(r"Half of them, so \boxed{\frac{1}{2}}.")
+    Found(text='\\frac{1}{2}', rule='boxed')
     """
     boxed = last_boxed(text)
     if boxed is not None:
@@ -144,6 +147,9 @@ def equal(
 
     Raises:
         UnreadableError: the two are too large to compare.
+
+    >>> equal(parse_answer("0.5"), parse_answer("1/2"))
+    True
     """
     if isinstance(answer, Relation) or isinstance(reference, Relation):
         return _equal_relations(answer, reference, relative_tolerance)

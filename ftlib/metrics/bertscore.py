@@ -197,7 +197,7 @@ def greedy_match(candidate: Embedded, reference: Embedded) -> tuple[float, float
     """Match every token with the most similar one of the other text.
 
     Returns:
-        Precision and recall: the weighted means of the similarities, from the
+        Precision and recall, the weighted means of the similarities, from the
         candidate's side and from the reference's. Both are 0 if a text is empty.
     """
     if not (candidate.weights.any() and reference.weights.any()):

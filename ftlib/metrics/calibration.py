@@ -100,7 +100,9 @@ def ece(
     spacing: Spacing = "width",
     events: Events = "top",
 ) -> float:
-    """Return the expected calibration error, Σ_bins n_b/n · |accuracy − confidence|.
+    """Return the expected calibration error, ``Σ n_b/n · |accuracy − confidence|``.
+
+    The sum goes over the bins.
 
     Args:
         probabilities: [n, K]; rows sum to 1.
@@ -113,6 +115,9 @@ def ece(
 
     Raises:
         ValueError: the arrays or the options are not as above.
+
+    >>> round(ece([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]], [0, 1, 1]), 3)
+    0.4
     """
     return _ece(*_checked(probabilities, labels), bins, spacing, events)
 

@@ -131,7 +131,11 @@ class Value:
 
 
 def ratio(left: Value, right: Value) -> Fraction | None:
-    """The rational number c with left = c right, ``None`` if there is none."""
+    """The rational number c with left = c right, ``None`` if there is none.
+
+    >>> ratio(symbol("x") + symbol("x"), symbol("x"))
+    Fraction(2, 1)
+    """
     above = _multiply(left.numerator, right.denominator)
     below = _multiply(right.numerator, left.denominator)
     if above.keys() != below.keys():

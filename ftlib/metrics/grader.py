@@ -54,10 +54,15 @@ def grade(text: str, reference: str, relative_tolerance: float | Fraction = 0) -
         text: what a model wrote.
         reference: the right answer alone, as the loaders of :mod:`ftlib.data` give it
             in ``reference``.
-        relative_tolerance: see :func:`ftlib.metrics.answers.equal`; zero is exact.
+        relative_tolerance: see :func:`ftlib.metrics.equal`; zero is exact.
 
     Returns:
         The grade. No text makes this raise.
+
+    >>> grade("x = 2 + 3, so the answer is 5.", "5").correct
+    True
+    >>> grade("The answer is 50%.", "0.05")
+    Grade(correct=False, extracted='50%', reason='different', rule='phrase')
     """
     found = find_answer(text)
     if found is None:

@@ -43,3 +43,6 @@ def fetch(
     except (ModelUnavailable, ModelCorrupt) as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as stop:
+        typer.echo(f"stopped: `ftlib models fetch {name}` begins again", err=True)
+        raise typer.Exit(130) from stop

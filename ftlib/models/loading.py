@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlib import runtime
@@ -31,7 +33,7 @@ def load_causal_lm(
     Raises:
         ValueError: no model has the name.
         ModelUnavailable: the model is neither here nor to be had.
-        ModelCorrupt: the weights are damaged or altered.
+        ModelCorrupt: a file is damaged or altered.
     """
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +58,7 @@ def load_seq2seq_lm(
     Raises:
         ValueError: no model has the name, or it is no encoder-decoder.
         ModelUnavailable: the model is neither here nor to be had.
-        ModelCorrupt: the weights are damaged or altered.
+        ModelCorrupt: a file is damaged or altered.
     """
     from transformers import AutoModelForSeq2SeqLM
 
@@ -71,18 +73,40 @@ def _load(
     from transformers import AutoTokenizer
 
     folder = locate(name)
+    _check_json(folder)
     device = device or runtime.device()
     dtype = dtype or runtime.precision(device).dtype
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     try:
-        model = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        model, told = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except SafetensorError as error:
-        raise ModelCorrupt(
-            f"the weights in {folder} are damaged: {error}. Remove or replace them."
-        ) from error
+        raise _damaged_weights(folder, error) from error
+    if missing := sorted(told["missing_keys"]):  # transformers has drawn them at random
+        raise _damaged_weights(folder, f"they lack {', '.join(missing)}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval(), tokenizer
+
+
+def _damaged_weights(folder: Path, why: object) -> ModelCorrupt:
+    return ModelCorrupt(
+        f"the weights in {folder} are damaged: {why}. Remove or replace them."
+    )
+
+
+def _check_json(folder: Path) -> None:
+    """Refuse a damaged file by its name, which transformers would not tell."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ModelCorrupt(
+                f"{path} is damaged: {error}. Remove or replace it."
+            ) from error

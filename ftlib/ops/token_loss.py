@@ -24,13 +24,13 @@ class TokenLoss:
     * ``entropy``: H. A negative weight rewards spread.
     * ``z_loss``: (log Σ exp z)², which holds the scale of the logits.
     * ``kl_to_uniform``: KL(p‖U) = log V − H, the confidence penalty.
-    * ``sced``: Σ |p log(p/U)|^α (1−p)^β, which CAREF adds.
+    * ``sced``: ``Σ |p log(p/U)|^α (1−p)^β``, which CAREF adds.
 
     A loss weighted by log-probability, as of policy gradients, is the default with
     ``weights`` given to the head: each token's loss is −weight · log p_y.
 
     Attributes:
-        alpha: exponent of |p log(p/U)| in SCED, at least 1.
+        alpha: exponent of ``|p log(p/U)|`` in SCED, at least 1.
         beta: exponent of 1 − p in SCED, at least 0.
 
     Raises:

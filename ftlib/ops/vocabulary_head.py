@@ -99,6 +99,10 @@ def vocabulary_head(
 
     Raises:
         ValueError: shapes, dtypes or names do not fit; the message says which.
+
+    >>> hidden, weight = torch.zeros(2, 8), torch.ones(4, 8)
+    >>> vocabulary_head(hidden, weight, torch.tensor([0, 3])).log_prob.exp()
+    tensor([0.2500, 0.2500])
     """
     asked = _statistics_asked(statistics, loss)
     hidden, weight = _autocast(hidden, weight)

@@ -1,105 +1,20 @@
 """The built book as a reader meets it: in a browser, wide and on a phone."""
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
 import build
-from paths import BUILD, HTML, NOTEBOOKS, ROOT
+from paths import NOTEBOOKS, ROOT
 
+Open = Callable[..., Any]  # of conftest.py, where the fixtures are
 PHONE, DESK = 390, 1280
-OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PAGES = [f"{name}.html" for name in build.pages(ROOT)]
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@dataclass
-class Visit:
-    """A loaded page and what went wrong while it loaded."""
-
-    page: Page
-    faults: list[str] = field(default_factory=list)
-
-
-Open = Callable[..., Visit]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None and os.environ.get("CI"):
-        pytest.fail("no Chromium is installed, and under CI the pages must be seen")
-    if program is None:
-        pytest.skip("no Chromium is installed: the rendered pages were not looked at")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
-        yield browser
-        browser.close()
-
-
-def serve(folder: Path) -> Iterator[str]:
-    handler = partial(Quiet, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[str]:
-    if not HTML.exists():
-        build.build(ROOT, NOTEBOOKS, BUILD.parent)
-    yield from serve(HTML)
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[Open]:
-    """Open a page and note every error, failed answer and foreign address."""
-    contexts = []
-
-    def visit(site: str, path: str, width: int = DESK) -> Visit:
-        context = browser.new_context(viewport={"width": width, "height": 844})
-        contexts.append(context)
-        page = context.new_page()
-        seen = Visit(page)
-        note = seen.faults.append
-        context.route(
-            lambda url: not url.startswith((site, "data:", "blob:")),
-            lambda route: (note(f"foreign: {route.request.url}"), route.abort()),
-        )
-        page.on("pageerror", lambda error: note(f"script: {error}"))
-        page.on("console", lambda m: m.type == "error" and note(f"console: {m.text}"))
-        page.on("response", lambda r: r.status >= 400 and note(f"failed: {r.url}"))
-        page.goto(f"{site}/{path}", wait_until="networkidle")
-        return seen
-
-    yield visit
-    for context in contexts:
-        context.close()
 
 
 def image_faults(page: Page) -> list[str]:
@@ -162,7 +77,7 @@ def test_colab_opens_the_page_itself(
 ) -> None:
     name = notebook.relative_to(ROOT)
     page = open_page(site, f"{name.with_suffix('.html').as_posix()}").page
-    buttons = page.locator("a[href*='colab.research.google.com']")
+    buttons = page.locator(".article-header-buttons a[href*='colab.research']")
     links = {link.get_attribute("href") for link in buttons.all()}
     assert len(links) == 1
     assert links.pop().endswith(f"/blob/main/{name.as_posix()}")
@@ -189,12 +104,6 @@ BROKEN = {
     "console": "<script>console.error('wrong')</script>",
     "script": "<script>throw new Error('wrong')</script>",
 }
-
-
-@pytest.fixture
-def broken_site(tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "favicon.ico").touch()
-    yield from serve(tmp_path)
 
 
 @pytest.mark.parametrize("kind", BROKEN)

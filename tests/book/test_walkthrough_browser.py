@@ -14,9 +14,6 @@ from ftlib.clipr.users import SimulatedUser
 from ftlib.clipr.walkthrough import Note, Step, Walkthrough, walkthrough
 from paths import HTML
 
-browser = test_browser.browser
-site = test_browser.site
-
 PHONE = 360
 SETTINGS = Settings(conversation=ConversationSettings(candidates=200))
 BEFORE = "<p><button>Before</button></p>"

@@ -7,13 +7,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers import models as token_models
+from tiny_models import byte_level_bpe, tiny_bert, tiny_llama
 from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
@@ -98,24 +93,11 @@ def _toy_data(monkeypatch):
 
 
 def tokenizer(*, is_encoder_decoder):
-    made = Tokenizer(token_models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>", "<|im_start|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     corpus = [" because".join([*labels, ""]) for labels, _ in TASKS.values()]
-    made.train_from_iterator(corpus, trainer)
-    if is_encoder_decoder:
-        made.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)]
-        )
+    special = ["<pad>", "</s>", "<|im_start|>"]
+    around = "$A </s>" if is_encoder_decoder else None
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=byte_level_bpe(corpus, special, around=around),
         pad_token="<pad>",
         eos_token="</s>",
         chat_template=None if is_encoder_decoder else CHATML,
@@ -123,20 +105,11 @@ def tokenizer(*, is_encoder_decoder):
 
 
 def toy_model(name, vocabulary):
-    torch.manual_seed(1)
-    sizes = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1}
+    special = {"pad_token_id": 0, "eos_token_id": 1}
     if name == DECODER:
-        config = LlamaConfig(
-            **sizes,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-            bos_token_id=None,
-        )
-        return LlamaForCausalLM(config)
+        return tiny_llama(vocabulary, seed=1, intermediate_size=48, **special)
+    torch.manual_seed(1)
+    sizes = {"vocab_size": vocabulary, **special}
     if name == T5:
         config = T5Config(
             **sizes,
@@ -185,15 +158,15 @@ def encoder():
     own = tokenizer(is_encoder_decoder=True)
     own.cls_token = own.sep_token = "</s>"
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(own),
+    model = tiny_bert(
+        len(own),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=16,
         initializer_range=1.0,
     )
-    return Encoder(BertModel(config).eval(), own, 2, "toy")
+    return Encoder(model, own, 2, "toy")
 
 
 @pytest.fixture(autouse=True)

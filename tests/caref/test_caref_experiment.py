@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from tiny_models import tiny_bert, word_piece
 
 from ftlib import results
 from ftlib.caref import evaluation, experiment, tasks
@@ -79,17 +79,15 @@ pytestmark = pytest.mark.usefixtures("base_cache")
 @pytest.fixture
 def _judge(monkeypatch, tmp_path):
     """A BERT with random weights in the place of the real one."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *VOCABULARY.words]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=32)
-    config = BertConfig(
-        vocab_size=len(words),
+    tokenizer = word_piece(tmp_path, VOCABULARY.words, model_max_length=32)
+    model = tiny_bert(
+        5 + len(VOCABULARY.words),
         hidden_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
         intermediate_size=8,
     )
-    encoder = Encoder(BertModel(config).eval(), tokenizer, 1, "tiny")
+    encoder = Encoder(model, tokenizer, 1, "tiny")
     monkeypatch.setattr(evaluation, "judge", lambda: encoder)
 
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import CHATML, CHATML_TOKENS, byte_level_bpe, tiny_llama
+from transformers import PreTrainedTokenizerFast
 
 from ftlib import data, results
 from ftlib.cft import experiment, gsm8k
@@ -16,7 +15,7 @@ from ftlib.cft.annotations import worked
 from ftlib.cft.critiques import is_right
 from ftlib.cft.data import INSTRUCTION, encode_prompts
 from ftlib.cft.evaluation import complete
-from ftlib.cft.finetuning import strangers
+from ftlib.cft.finetuning import Tuned, strangers
 from ftlib.cft.gsm8k import Condition, Exam, Homework, Written
 from ftlib.cft.settings import (
     ALL_WEIGHTS,
@@ -34,12 +33,6 @@ from ftlib.experiments import load_plan, run_plan
 from ftlib.metrics import Grade, grade
 from ftlib.outcomes import outcomes
 from ftlib.results import Metric, NotRecordedError, read
-
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def row(a, b, c):
@@ -80,36 +73,16 @@ TOY = Gsm8kSettings(
 def model_folder(tmp_path_factory):
     """A Llama of a few thousand random weights, under a real model's short name."""
     folder = tmp_path_factory.mktemp("models") / TOY.model
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     corpus = [one["question"] + one["answer"] for one in TRAIN]
-    tokenizer.train_from_iterator([*corpus, INSTRUCTION], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe([*corpus, INSTRUCTION], CHATML_TOKENS, 360),
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
     )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    model = tiny_llama(len(tokenizer), tie_word_embeddings=True, **ids)
+    model.save_pretrained(folder)
     return folder.parent
 
 
@@ -408,7 +381,7 @@ def test_learning_rates_are_tuned_on_seeds_of_their_own(monkeypatch):
 
     def fine_tune(one, model, tokenizer, rate, seed):
         seen.append((one.name, rate, seed))
-        return SimpleNamespace(best=0, validation=[Metric(0.5, 4)], steps=[2])
+        return Tuned(model, [{}], [2], [Metric(0.5, 4)], 4, 0.0)
 
     monkeypatch.setattr(gsm8k, "fine_tune", fine_tune)
     [arm] = [a for a in gsm8k.gsm8k_arms(TOY) if a.name == "CFT fix 3e-05"]

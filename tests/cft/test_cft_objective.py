@@ -4,8 +4,6 @@ Run by itself under torchrun, this file is the script of the test with two proce
 """
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -379,25 +377,9 @@ def main(out: Path) -> None:
 
 
 def test_two_processes_train_like_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    address = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    result = subprocess.run(
-        [*launch, *address, __file__, str(tmp_path)],
-        env=os.environ
-        | {
-            "FTLIB_DEVICE": "cpu",
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-            "OMP_NUM_THREADS": "1",
-            "TQDM_DISABLE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr
+    from two_processes import run_in_two_processes  # the script does not see it
+
+    run_in_two_processes(__file__, tmp_path)
     expected, _ = trained()
     for rows in COLLATORS:
         for process in (0, 1):

@@ -6,24 +6,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from cgm_toys import SHORT_STRINGS
 
 from ftlib.cgm import practice_experiment as practice
 from ftlib.cgm.dual import solve_dual
 from ftlib.cgm.noise import gradient_noise
-from ftlib.cgm.settings import PRACTICE, STRINGS
+from ftlib.cgm.settings import PRACTICE
 from ftlib.cgm.strings_experiment import MEASURED, pose, relax, theory
 from ftlib.training import TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("base_cache")
 
 WORLD = dataclasses.replace(
-    STRINGS["cpu"],
-    length=12,
+    SHORT_STRINGS,
     unmasking_steps=3,
-    width=16,
-    corpus=2048,
     pretraining=TrainingSettings(steps=60, batch_size=64, learning_rate=1e-2),
-    helix_limits=(2, 4, 6),
     strand_limits=(1, 3),
     steps=12,
     batch_size=64,

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from cgm_toys import SHORT_STRINGS
 
 from ftlib.cgm import strings_experiment as experiment
 from ftlib.cgm.settings import STRINGS
@@ -12,13 +13,9 @@ from ftlib.cgm.strings import LABORATORY, NATURE, Paths, residue_counts
 from ftlib.training import TrainingSettings
 
 TOY = dataclasses.replace(
-    STRINGS["cpu"],
-    length=12,
+    SHORT_STRINGS,
     unmasking_steps=4,
-    width=16,
-    corpus=2048,
     pretraining=TrainingSettings(steps=30, batch_size=64, learning_rate=1e-2),
-    helix_limits=(2, 4, 6),
     strand_limits=(0, 1, 2),
     grids=((2, 1), (4, 4)),
     paper_grid=(2, 2),

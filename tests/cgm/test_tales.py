@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ftlib.cgm import experiment, tales
 from ftlib.cgm.settings import TALES, TaleSettings
@@ -46,17 +47,17 @@ def model_folder(tmp_path_factory):
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<s>"
     )
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
+    model = tiny_llama(
+        len(WORDS),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
+        initializer_range=0.02,
         bos_token_id=0,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder.parent
 
 

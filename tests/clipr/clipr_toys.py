@@ -1,5 +1,6 @@
 """Small tasks with everything about them known."""
 
+from ftlib.clipr import tidybot
 from ftlib.clipr.tasks import Option, Task
 from ftlib.streams import generator
 
@@ -37,3 +38,9 @@ def draw(n, seed, families=KNOWN, dimensions=DIMENSIONS):
         family = str(rng.choice(families))
         tasks.append(task(*options.values(), family=family, id=f"{seed}-{at}"))
     return tasks
+
+
+def right_options(scenario, part):
+    """Which option of each task of a scenario's half the person takes."""
+    given = zip(tidybot.tasks(scenario, part), scenario.placements(part), strict=True)
+    return [task.index(place) for task, (_, place) in given]

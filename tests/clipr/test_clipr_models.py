@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import CHATML, CHATML_TOKENS, byte_level_bpe, tiny_llama
+from transformers import PreTrainedTokenizerFast
 
 from ftlib.clipr.models import (
     NOT_CHOSEN,
@@ -21,11 +21,6 @@ from ftlib.clipr.models import (
     votes,
 )
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 CORPUS = ["Which mug do you prefer, the steel mug or the glass mug? A or B"] * 4
 PROMPTS = (
     "Which mug do you prefer?\nA. steel mug\nB. glass mug\nAnswer:",
@@ -37,19 +32,8 @@ OPTIONS = ("A", "B", "the steel mug", "the steel mug, or the glass one", "neithe
 
 def tokenizer(template):
     """Byte-level BPE that joins spaces to words and eats some of an option's."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=byte_level_bpe(CORPUS, CHATML_TOKENS),
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         chat_template=template,
@@ -57,20 +41,8 @@ def tokenizer(template):
 
 
 def llama(vocabulary, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    read = {"max_position_embeddings": 256, "eos_token_id": 0}
+    return tiny_llama(vocabulary, seed, **read).eval()
 
 
 @pytest.fixture(scope="module", params=[CHATML, None], ids=["chat", "plain"])

@@ -8,9 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as token_models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import byte_level_bpe, tiny_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ftlib import data, experiments, models, results
 from ftlib.ctsft import benchmarks, tasks
@@ -107,36 +106,15 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / MODEL
     tokenizer = toy_tokenizer()
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 24}
+    model = tiny_llama(len(tokenizer), seed=1, tie_word_embeddings=True, **sizes)
+    model.save_pretrained(folder)
     return folder.parent
 
 
 def toy_tokenizer():
-    made = Tokenizer(token_models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
     corpus = [f"\nSentiment: {word}\nAnswer: {word}" for word in WORDS]
-    made.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["</s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    made = byte_level_bpe(corpus, ["</s>"], 400)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
 
 

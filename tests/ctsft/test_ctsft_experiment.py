@@ -221,7 +221,7 @@ def test_all_but_the_embeddings():
 
 def test_arms_of_heads_train_as_many_and_lora_takes_the_circuits_budget():
     circuit = experiment.circuit_of(TOY_BASE, TOY.discovery, 0)
-    heads = {w: heads_to_train(Recipe(w), circuit, 0) for w in MODELS}
+    heads = {w: heads_to_train(Recipe(w), lambda: circuit, 0) for w in MODELS}
     assert heads["all"] == heads["norms"] == []
     sizes = {len(heads[w]) for w in ("circuit", "near zero", "random", "lora")}
     assert len(sizes) == 1

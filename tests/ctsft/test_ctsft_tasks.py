@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny_models import byte_level_bpe
 from transformers import PreTrainedTokenizerFast
 
 from ftlib import data
@@ -33,21 +33,8 @@ CORPUS = [
 
 def byte_level(start=None, end=None):
     """A tokenizer such as GPT-2's, of a small corpus; adds tokens around if asked."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    if start or end:
-        single = " ".join(filter(None, [start, "$A", end]))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
+    around = " ".join(filter(None, [start, "$A", end]))
+    tokenizer = byte_level_bpe(CORPUS, ("<s>", "</s>"), 400, around)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 

@@ -6,10 +6,8 @@ prints a JSON list. The interpreter cannot, so the tests start a process without
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 
 import pytest
 import torch
@@ -100,27 +98,14 @@ def compiled(launch, capability):
 
 
 def report(launch, capability):
+    from _offline_compile import resources
+
     usage = resources(compiled(launch, capability).asm["cubin"])
     return {
         "kernel": launch.kernel.__name__,
         "warps": launch.keywords["num_warps"],
         "registers": usage["REG"],
         "bytes spilled": usage["STACK"] + usage["LOCAL"],
-    }
-
-
-def resources(cubin):
-    """Return what the CUDA tools say a kernel uses; what spills is on the stack."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {
-        k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing.stdout)
     }
 
 

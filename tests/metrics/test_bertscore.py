@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer, RobertaTokenizer
+from tiny_models import tiny_bert, word_piece
+from transformers import RobertaTokenizer
 
 from ftlib import models
 from ftlib.metrics import bertscore
@@ -26,14 +27,10 @@ TEXTS = ["the cat sat", "a dog ran fast on the mat", "dog", "cat cat slow", "A C
 def encoder(tmp_path_factory):
     """A BERT with random weights, whose longest text has ten tokens."""
     folder = tmp_path_factory.mktemp("bert")
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(tokens))
-    tokenizer = BertTokenizer(
-        str(folder / "vocab.txt"), do_lower_case=False, model_max_length=10
-    )
+    tokenizer = word_piece(folder, WORDS, do_lower_case=False, model_max_length=10)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokens),
+    model = tiny_bert(
+        5 + len(WORDS),
         hidden_size=16,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -41,7 +38,7 @@ def encoder(tmp_path_factory):
         max_position_embeddings=10,
         initializer_range=0.5,
     )
-    return Encoder(BertModel(config).eval(), tokenizer, 2, "tiny")
+    return Encoder(model, tokenizer, 2, "tiny")
 
 
 def by_hand(candidate, reference, encoder):

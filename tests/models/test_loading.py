@@ -53,6 +53,25 @@ def test_truncated_weights_are_refused_by_name(folder):
         models.load_causal_lm(NAME)
 
 
+def test_weights_under_another_name_are_refused_not_drawn_at_random(folder):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content.replace(b"mlp.up_proj", b"mlp.up_prok", 1))
+    with pytest.raises(models.ModelCorrupt, match=r"lack .*mlp\.up_proj\.weight"):
+        models.load_causal_lm(NAME)
+
+
+@pytest.mark.parametrize("file", ["config", "tokenizer", "generation_config"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b[:40] + b"\xff" + b[40:]]
+)
+def test_a_damaged_json_file_is_refused_by_name(folder, file, damage):
+    path = folder / f"{file}.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(models.ModelCorrupt, match=rf"{file}\.json is damaged"):
+        models.load_causal_lm(NAME)
+
+
 def test_pickled_weights_are_never_read(folder):
     model, _ = models.load_causal_lm(NAME)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")

@@ -8,6 +8,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import execute
 import notebooks
+from ftlib.results import Record, Results
+from ftlib.results import read as read_records
+
+PEAK_MEMORY = execute.PEAK_MEMORY
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +19,8 @@ def at_scale_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FTLIB_SCALE", "cpu")
     monkeypatch.setattr(execute, "EXECUTED", tmp_path / "executed")
     monkeypatch.setattr(execute, "MIRROR", tmp_path / "mirror")
+    monkeypatch.setattr(execute, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(execute, "PEAK_MEMORY", "7")  # the kernel needs no torch
 
 
 def chapter(folder: Path, *sources: str, name: str = "chapter") -> Path:
@@ -137,6 +143,14 @@ def test_fingerprint_follows_sources_and_records(tmp_path: Path, name: str) -> N
     assert len({before, added, execute.fingerprint(notebook, tmp_path)}) == 3
 
 
+def test_fingerprint_leaves_out_the_records_of_the_chapters(tmp_path: Path) -> None:
+    notebook = new_notebook(cells=[new_code_cell("1")])
+    before = execute.fingerprint(notebook, tmp_path)
+    (tmp_path / "book" / "results" / execute.CHAPTERS).mkdir(parents=True)
+    (tmp_path / "book/results" / execute.CHAPTERS / "cpu.json").write_text("1")
+    assert execute.fingerprint(notebook, tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["FTLIB_SCALE", "FTLIB_DATA_DIR"])
 def test_fingerprint_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -165,3 +179,49 @@ def test_the_kernel_sees_the_environment_of_the_caller(
     execute.execute_all([path])
     done = notebooks.read(tmp_path / "executed" / "chapter.ipynb")
     assert text(done.cells[1]) == "models\n"
+
+
+def recorded(folder: Path) -> Results:
+    return read_records(folder / "results" / execute.CHAPTERS / "cpu.json")
+
+
+def test_in_place_records_the_run(tmp_path: Path) -> None:
+    path = chapter(tmp_path, "import time; time.sleep(0.2)", "1")
+    execute.execute_all([path], in_place=True)
+    (record,) = recorded(tmp_path)
+    assert record.key == ("chapters", "chapter", "run", 0, "cpu")
+    assert record.metrics["cells"].value == 2
+    assert record.seconds > 0.2
+    assert record.peak_memory_bytes == 7
+    assert "python" in record.versions
+
+
+def test_a_run_that_is_stored_later_keeps_its_record(
+    counted: Path, tmp_path: Path
+) -> None:
+    execute.execute_all([counted])
+    assert not (tmp_path / "results").exists()
+    copy = notebooks.read(tmp_path / "executed" / "chapter.ipynb")
+    execute.execute_all([counted], in_place=True)
+    assert list(recorded(tmp_path)) == [
+        Record.from_json(copy.metadata["run"]["record"])
+    ]
+    assert runs(tmp_path) == 1
+
+
+def test_a_failed_run_is_not_recorded(tmp_path: Path) -> None:
+    execute.execute_all([chapter(tmp_path, "1 / 0")], in_place=True)
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_record_has_the_memory_of_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "PEAK_MEMORY", PEAK_MEMORY)
+    chapters = {
+        "large": chapter(tmp_path, "x = b'x' * 2**29", "del x", name="large"),
+        "small": chapter(tmp_path, "x = 1", name="small"),
+    }
+    execute.execute_all(chapters.values(), in_place=True)
+    peak = {r.experiment: r.peak_memory_bytes for r in recorded(tmp_path)}
+    assert peak["small"] < 2**29 < peak["large"] < 2**30

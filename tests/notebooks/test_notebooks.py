@@ -12,9 +12,9 @@ import notebooks
 
 @pytest.fixture
 def notebook() -> NotebookNode:
-    glued = {"scrapbook": {"name": "x", "mime_prefix": ""}, "outputId": "2"}
+    noted = {"outputId": "2"}
     outputs = [
-        new_output("display_data", data={"text/plain": "7"}, metadata=glued),
+        new_output("display_data", data={"text/plain": "7"}, metadata=noted),
         new_output("display_data", data={notebooks.WIDGET: {}, "text/plain": "0%|"}),
     ]
     alt = {"mystnb": {"image": {"alt": "a line"}}}
@@ -37,7 +37,7 @@ def test_normal_form_keeps_results_and_drops_the_rest(notebook: NotebookNode) ->
     assert normal.cells[3].metadata.mystnb.image.alt == "a line"
     (output,) = normal.cells[3].outputs
     assert output.data == {"text/plain": "7"}
-    assert list(output.metadata) == ["scrapbook"]
+    assert output.metadata == {}
 
 
 def test_normal_form_is_stable(notebook: NotebookNode) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlib.ops import simplex
+from ftlib.ops import backends, simplex
 from ftlib.ops.simplex import entmax15, sparsemax, top_k_gate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -403,8 +403,8 @@ class StandIn:
 @pytest.fixture
 def recent_gpu(monkeypatch):
     """What this module sees of a GPU of capability 8.0, with kernels that answer 7."""
-    monkeypatch.setattr(simplex, "triton_supported", lambda device: True)
-    monkeypatch.setattr(simplex.importlib, "import_module", lambda name: StandIn)
+    monkeypatch.setattr(backends, "triton_supported", lambda device: True)
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: StandIn)
 
 
 def test_the_device_chooses_the_back_end(recent_gpu, monkeypatch):
@@ -413,7 +413,7 @@ def test_the_device_chooses_the_back_end(recent_gpu, monkeypatch):
     assert (sparsemax(long) == 1 / 16).all()
     assert (sparsemax(short.double()) == 1 / 8).all()
     assert (sparsemax(short, backend="torch") == 1 / 8).all()
-    monkeypatch.setattr(simplex, "triton_supported", lambda device: False)
+    monkeypatch.setattr(backends, "triton_supported", lambda device: False)
     assert (sparsemax(short) == 1 / 8).all()
 
 
@@ -422,8 +422,8 @@ def test_errors_say_what_the_kernels_cannot_take(recent_gpu, monkeypatch):
         with pytest.raises(ValueError, match=message):
             sparsemax(logits, backend="triton")
 
-    refused(torch.ones(3).double(), "cast the logits to float32")
-    refused(torch.ones(11), "rows of 11 logits, only up to 10")
+    refused(torch.ones(3).double(), "cast the tensors to float32")
+    refused(torch.ones(11), "rows of 11 columns, only up to 10")
     refused(torch.ones(3).bfloat16(), "bfloat16 under TRITON_INTERPRET=1")
     monkeypatch.setattr(StandIn, "INTERPRETED", False)
     refused(torch.ones(3), "tensors on cpu: move them to a GPU")
