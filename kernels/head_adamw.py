@@ -89,7 +89,7 @@ def adamw_kernel(
     groups = tl.arange(0, BLOCK // WIDTH) * WIDTH
     lanes = tl.arange(0, WIDTH)[None, :]
     # A parameter without a gradient is left as it is.
-    valid = ((groups < count) & (grad_address != 0))[:, None]
+    valid = (groups < tl.where(grad_address != 0, count, 0))[:, None]
     column = first + groups
     inside = column // columns * row_stride + column % columns * column_stride
     offsets = tl.multiple_of(start + inside, WIDTH)[:, None] + lanes

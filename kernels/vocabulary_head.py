@@ -332,10 +332,11 @@ def _target_logits_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     known = (target >= 0) & (target < V)
+    width = tl.where(known, D, 0)
     products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         depth = start + tl.arange(0, BLOCK)
-        inside = (depth < D) & known
+        inside = depth < width
         x = tl.load(hidden_ptr + row * hidden_stride + depth, inside, other=0.0)
         w = tl.load(weight_ptr + target * weight_stride + depth, inside, other=0.0)
         products += x.to(tl.float32) * w.to(tl.float32)

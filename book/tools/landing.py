@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,8 +15,18 @@ from ftlib import plots
 
 THEMES = {"light": "#222222", "dark": "#E8E8E8"}
 # Light enough for the dark page, dark enough for the light one.
-PAPER = {"color": "#D55E00", "marker": "D", "markersize": 6, "linestyle": "none"}
-OURS = {"color": "#3A8FCC", "marker": "o", "markersize": 6, "linestyle": "none"}
+PAPER: dict[str, Any] = {
+    "color": "#D55E00",
+    "marker": "D",
+    "markersize": 6,
+    "linestyle": "none",
+}
+OURS: dict[str, Any] = {
+    "color": "#3A8FCC",
+    "marker": "o",
+    "markersize": 6,
+    "linestyle": "none",
+}
 ROW_INCHES, HEAD_INCHES, WIDTH_INCHES = 0.2, 0.5, 5.6
 
 
@@ -24,7 +35,7 @@ def draw(book: Book, ink: str) -> Figure:
     plots.use_style()
     rows = [_rows(panel) for panel in book.panels]
     heights = [HEAD_INCHES + ROW_INCHES * count for count in rows]
-    dyed = dict.fromkeys(
+    dyed: dict[Any, str] = dict.fromkeys(
         ("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), ink
     )
     with plt.rc_context(dyed | {"axes.facecolor": "none", "grid.color": "#88888855"}):

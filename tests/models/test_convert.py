@@ -19,9 +19,9 @@ def write_gguf(path, state):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(8)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<e>", "a", "b", "ab", "c", "d", "e", "f"])
+    writer.add_token_list(["<e>", "a", "b", "ab", "c", "abc", "e", "f"])
     writer.add_token_types([3, 1, 1, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     for name, tensor in state.items():
@@ -75,4 +75,4 @@ def test_gguf_becomes_a_transformers_directory(tmp_path):
         ("model.layers.0.self_attn.v_proj.weight", "blk.0.attn_v.weight"),
     ]:
         assert torch.equal(saved[ours], state[theirs].bfloat16())
-    assert tokenizer("abc").input_ids == [3, 4]
+    assert tokenizer("abca").input_ids == [5, 1]
