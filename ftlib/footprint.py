@@ -162,19 +162,22 @@ class Trained(NamedTuple):
         weights: that the optimiser moves and keeps a state for.
         gradients: that the backward pass gives a gradient.
         products: among those, the weights of matrices.
+        unit: of the gradients, those of the largest unit that FSDP shards: a layer, or
+            all that is outside the layers.
         has_head: whether the head is among them.
     """
 
     weights: int
     gradients: int
     products: int
+    unit: int
     has_head: bool = False
 
 
 def everything(decoder: Decoder) -> Trained:
     """Return full fine-tuning."""
-    weights = decoder.weights
-    return Trained(weights, weights, decoder.products, has_head=True)
+    weights, unit = decoder.weights, max(decoder.root, decoder.layer)
+    return Trained(weights, weights, decoder.products, unit, has_head=True)
 
 
 def lora(decoder: Decoder, rank: int) -> Trained:
@@ -186,14 +189,15 @@ def lora(decoder: Decoder, rank: int) -> Trained:
     keys = decoder.kv_heads * decoder.head_width
     sides = 4 * decoder.width + 2 * heads + 2 * keys  # of q, k, v and o
     sides += 3 * (decoder.width + decoder.mlp_width)
-    weights = rank * sides * decoder.layers
-    return Trained(weights, weights, weights)
+    layer = rank * sides
+    weights = layer * decoder.layers
+    return Trained(weights, weights, weights, unit=layer)
 
 
 def queries(decoder: Decoder) -> Trained:
     """Return the query matrices of all layers, as in CAREF's variant AQ."""
     weights = decoder.layers * decoder.queries
-    return Trained(weights, weights, weights)
+    return Trained(weights, weights, weights, unit=decoder.queries)
 
 
 def circuit(decoder: Decoder, heads: int, layers: int) -> Trained:
@@ -208,8 +212,9 @@ def circuit(decoder: Decoder, heads: int, layers: int) -> Trained:
         layers: that these lie in.
     """
     weights = 2 * heads * decoder.width * decoder.head_width
-    whole = 2 * layers * decoder.queries
-    return Trained(weights, whole, whole)
+    layer = 2 * decoder.queries
+    whole = layers * layer
+    return Trained(weights, whole, whole, unit=layer)
 
 
 @dataclass(frozen=True)
@@ -220,10 +225,11 @@ class Footprint:
         weights: all weights of the process.
         exchanged: what is held to be sent or received. With DDP, a second copy of the
             gradients. With FSDP, what is whole for a while: the weights outside the
-            layers and of two layers, and the gradient of the larger of these units.
+            layers and of two layers, trained or not, and the largest unit's gradient.
         optimizer: its state.
         gradients: the gradients.
-        update: the copy of the second moments that AdamW makes in its step.
+        update: the copy of the second moments that AdamW makes in its step, as it does
+            on GPUs unless told otherwise; with ``fused=True`` there is none.
         saved: what the forward pass keeps for the backward pass.
         recomputed: what one layer makes again, with checkpoints.
         head: the logits and their gradient, or what stands in for them.
@@ -350,7 +356,7 @@ def _exchanged(
         return 0
     if stage == 0:
         return precision.weight * trained.gradients
-    units = decoder.root + 2 * decoder.layer + max(decoder.root, decoder.layer)
+    units = decoder.root + 2 * decoder.layer + trained.unit
     return precision.compute * units * (stage == 3)
 
 

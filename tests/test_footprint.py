@@ -141,7 +141,7 @@ def test_queries_and_circuits_have_the_weights_of_their_matrices():
     assert counts.queries(decoder).weights == made
     # All heads of one layer, and the matrices that they make up.
     first = attentions[0].q_proj.weight.numel() + attentions[0].o_proj.weight.numel()
-    assert counts.circuit(decoder, heads=4, layers=1) == (first, first, first, False)
+    assert counts.circuit(decoder, heads=4, layers=1) == (first,) * 4 + (False,)
     assert counts.circuit(decoder, heads=1, layers=1).weights == first // 4
 
 
@@ -226,6 +226,22 @@ def test_the_peak_of_few_tokens_is_at_the_update(name):
     assert without.peak != pytest.approx(measured, rel=RELATIVE_ERROR)
 
 
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+def test_the_update_copies_the_second_moments_unless_it_is_fused(how):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), **{how: True})
+    make_step(model, optimizer=optimizer)()  # makes the optimiser's state
+    make_step(model)()  # makes gradients
+    measured = measured_peak(optimizer.step, model, optimizer)
+    decoder = Decoder.from_config(model.config)
+    counted = footprint(decoder, counts.everything(decoder), 1, counts.FP32)
+    without = counted.weights + counted.optimizer + counted.gradients
+    copies = {"foreach": counted.update, "fused": 0}
+    assert measured == pytest.approx(without + copies.pop(how), rel=0.01)
+    (other,) = copies.values()
+    assert measured != pytest.approx(without + other, rel=0.01)
+
+
 @pytest.mark.parametrize("trains", ["lora", "queries"])
 def test_few_trained_weights_keep_less_than_is_counted(trains):
     model = make_model()
@@ -296,7 +312,7 @@ def test_the_peak_is_of_what_is_alive_at_once_and_views_are_nothing_new():
 def test_shards_are_those_of_the_zero_paper(stage, gigabytes):
     """Its figure 1: 7.5 billion weights, Adam in mixed precision, 64 processes."""
     decoder = Decoder(0, 1, 0, 1, 1, 0, 0)
-    trained = counts.Trained(int(7.5e9), int(7.5e9), 0)
+    trained = counts.Trained(int(7.5e9), int(7.5e9), 0, 0)
     parts = footprint(
         decoder, trained, 1, counts.BF16_WITH_MASTER, processes=64, stage=stage
     )
@@ -314,6 +330,26 @@ def test_ddp_holds_gradients_twice_and_fsdp_some_units_whole():
     shards = footprint(decoder, full, 1024, processes=8, stage=3)
     assert shards.exchanged > 2 * 2 * decoder.root
     assert shards.gradients == alone.gradients / 8
+
+
+def exchanged(decoder, trained):
+    return footprint(decoder, trained, 1024, processes=8, stage=3).exchanged
+
+
+@pytest.mark.parametrize("name", counts.SHAPES)
+def test_fsdp_gathers_frozen_weights_but_only_gradients_that_there_are(name):
+    decoder = counts.SHAPES[name]
+    gathered = 2 * (decoder.root + 2 * decoder.layer)
+    adapters = counts.lora(decoder, rank=16)
+    share = -(-adapters.weights // decoder.layers)
+    assert exchanged(decoder, adapters) == gathered + 2 * share
+    assert exchanged(decoder, counts.queries(decoder)) == gathered + 2 * decoder.queries
+    some = counts.circuit(decoder, heads=32, layers=16)
+    assert exchanged(decoder, some) == gathered + 4 * decoder.queries
+    # Of full fine-tuning it is the larger of a layer and what is outside the layers.
+    largest = max(decoder.root, decoder.layer)
+    assert exchanged(decoder, counts.everything(decoder)) == gathered + 2 * largest
+    assert share < 0.01 * largest  # so that taking the one for the other would show
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1231,6 +1231,10 @@ version 4.
 
 # %% [markdown]
 # ### The verdicts
+#
+# Intervals here are over questions. Over the five trainings they are wider, as the
+# [report on all claims](../book/reproduction.md) shows: another training differs by more
+# than another exam.
 
 # %% tags=["hide-input"]
 def share(experiment_name, arm, metric="gap"):

@@ -74,6 +74,7 @@ from ftlib.training import TrainingSettings
 
 plots.use_style()
 records = results.load("cgm", "cpu")
+torch.set_num_threads(1)  # models so small are not faster on more
 
 # %% [markdown]
 # ## The idea in one picture
@@ -927,8 +928,8 @@ Markdown(results.markdown_table(verdicts))
 #   samples away *is* sampling from the exact tilt, and supervised learning has less
 #   noise than a policy gradient. Its cost is hidden in the rejection: it grows with the
 #   rarity of the rarest class, and there is no such thing as a balanced subset when $h$
-#   is continuous in many dimensions. That is where CGM has no rival here, and where
-#   this book has not yet been.
+#   is continuous in many dimensions. That is where CGM has no rival here;
+#   the [second part](cgm_beyond.ipynb) goes there.
 # * **Dealt prompts.** The paper's code deals prompts out in turn and uses the plain
 #   U-statistic. That shrinks the estimated violation by $(n-K)/(n-1)$ (exercise 1): little
 #   at their $n = 512$ and $K = 8$, more in small batches. `ftlib` corrects it.

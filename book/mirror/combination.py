@@ -280,8 +280,7 @@ print("by hand and by ftlib: the same; both agree with the records")
 # The records hold five seeds: five bases, circuits, sets of homework and exams. Dots are
 # seeds, the marker with a black edge is their mean, with a bootstrap interval. Every arm
 # has the best of three or four learning rates, by the mean of both kinds of questions of
-# validation after the last step, on a seed that is not reported, and on a second one
-# where two rates were close.
+# validation after the last step, on two seeds that are not reported.
 #
 # ### Is the circuit real?
 
@@ -471,7 +470,7 @@ second.
 heads come to {percent("random", "gap")}: the circuit learns
 {signed(minus("circuit", "random", "gap"))} points more, and keeps as much.
 The norms alone come to {percent("norms", "gap")}, and forget most. LoRA,
-with as many weights on all heads, is as good as the circuit
+with as many weights on all heads, cannot be told from the circuit
 ({signed(minus("LoRA", "circuit", "gap"))} points).
 """
 )
@@ -563,9 +562,9 @@ Markdown(results.markdown_table(rows))
 
 # %% tags=["hide-input"]
 def tried(arm):
-    """What an arm of the search did on its first seed's validation."""
+    """What an arm of the search did on validation, mean of its seeds."""
     found = records.select(experiment="learning-rate", arm=arm)
-    gap, kept = (found.by_seed(k)[0] for k in ("gap", "no-gap"))
+    gap, kept = (found.values(k).mean() for k in ("gap", "no-gap"))
     return f"{gap:.0%} of gap and {kept:.0%} of no-gap questions"
 
 
@@ -587,7 +586,7 @@ weights at the lower rate and
 alone. That fits what we see; it does not show that it is the cause.
 
 Only full fine-tuning has a lower rate among the arms. For the circuit there
-is the search, on one other seed: at the lowest rate tried, 0.0003, it had
+is the search, on two other seeds: at the lowest rate tried, 0.0003, it had
 {tried("circuit 0.0003")}, and all weights at theirs, 0.0001, had
 {tried("full 0.0001")}.
 """
@@ -633,7 +632,7 @@ have a rate of their own, {times:.0f} times as high; all sizes have that of
 four heads, and their own was not looked for. With all twelve the model has
 passed all weights at the lower rate on gap questions, and still forgets
 more. It does not come near the {percent("full", "gap")} of all weights:
-what is lacking is outside the attention.
+that suggests that what is lacking lies outside the attention.
 """
 )
 
@@ -655,11 +654,11 @@ Markdown(
 * **The norms.** We expected less than a third of what full fine-tuning
   learns. It is {norms_share:.0%}, with less than a hundredth of its
   weights.
-* **Answers are better than critiques.** Asked to criticise fresh answers to
-  gap questions as it was trained to, the fully tuned model writes
-  {rederived} of the critiques without a mistake, and directly answers
-  {percent("full", "gap")} of gap questions. A wrong answer in front of it
-  seems to mislead it.
+* **Whole critiques are harder than answers.** Asked to criticise fresh
+  answers to gap questions as it was trained to, the fully tuned model writes
+  {rederived} of the critiques without a mistake in any value or verdict. It
+  answers {percent("full", "gap")} of gap questions, where only the last
+  number counts. The two are not one measure.
 
 As expected: the circuit is more than 20 points behind all weights
 ({signed(minus("circuit", "full", "gap"))}), and at equal gain it forgets no
@@ -674,10 +673,10 @@ differs from random heads and from LoRA by less than five points
 # ## When to use it
 #
 # In this world: not. If forgetting is the worry, try a lower rate on all weights first.
-# It costs nothing to build, and here it learns more and keeps more than any arm that
-# trains less. If *memory* is the worry, few weights are a reason of their own: moments
+# It costs nothing to build, and here it keeps more than any arm that trains less, and
+# learns more than all of them but the circuit of twelve heads. If *memory* is the worry, few weights are a reason of their own: moments
 # are kept for these alone, as in [CT-SFT's exercise on budgets](ctsft.ipynb). Then LoRA
-# does as well as the circuit, and needs no search.
+# cannot be told from the circuit, and needs no search.
 #
 # What would change our mind: a task whose heads few other tasks use, in a model with
 # many heads. Ours has twelve heads and one skill, arithmetic, which is both what is
@@ -754,6 +753,8 @@ seed.
 # `ftlib run combination --scale gpu` says so. CFT's chapter trains a real model on GSM8K
 # at that scale, and CT-SFT's finds circuits in the same kind of decoder, so the ten lines
 # above would carry over. Whether their result does is not known.
+#
+# [The reference](../book/api/combination.md) describes all of `ftlib.combination`.
 #
 # ## References
 #

@@ -53,8 +53,10 @@ import sys
 import tempfile
 import time
 import warnings
+from bisect import bisect_left
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -91,13 +93,14 @@ folder = Path(tempfile.mkdtemp())
 # ## The idea in one picture
 #
 # What one process holds in a step of training Qwen2.5-7B, counted by `ftlib.footprint`.
-# Each process works on one sequence of 4,096 tokens. Full fine-tuning does not fit on
-# any of the GPUs drawn as lines. Eight copies of the model (DDP) do not help: each process
-# holds all of it, and the gradients a second time, in the buffers that are exchanged.
+# Each process works on one sequence of 4,096 tokens, and the optimiser is PyTorch's AdamW
+# with its default settings. The dashed lines are GPUs. Eight copies of the model (DDP) do
+# not help: each process holds all of it, and the gradients a second time, in the buffers
+# that are exchanged.
 # Spread over processes (FSDP), weights, gradients and optimiser shrink; the activations
 # do not, for every process has its own tokens.
 
-# %% mystnb={"image": {"alt": "Stacked horizontal bars of gigabytes in each process, for six ways to train Qwen2.5-7B, with dashed lines at 24, 80 and 141 gigabytes. Full fine-tuning on one GPU and with DDP on eight reach past the last line. FSDP on eight processes ends at about 24, on 64 at about 11. LoRA and a circuit on one GPU end at about 17, almost all of it weights."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Stacked horizontal bars of gigabytes in each process, for six ways to train Qwen2.5-7B, with dashed lines for three GPUs. Full fine-tuning on one GPU and with DDP on eight reach past the last line. With FSDP on eight processes the bar is a fraction of these, on 64 shorter still. LoRA and a circuit on one GPU are short and alike, almost all of them weights."}} tags=["hide-input"]
 QWEN, LLAMA = fp.SHAPES.values()
 TOKENS = 4096
 GPU_GB = {"A10G": 24, "H100": 80, "H200": 141}
@@ -158,6 +161,21 @@ ax.set_ylim(len(ways) - 0.5, -0.9)
 ax.set_xlabel("GB in each process, projected")
 fig.legend(loc="outside lower center", ncols=6)
 plt.show()
+
+# %% tags=["hide-input"]
+alone = ways["full, 1 process"]
+fused = replace(alone, update=0).peak / 1e9
+fitting = [name for name, size in GPU_GB.items() if fused < size]
+Markdown(
+    f"""
+With PyTorch's default AdamW, full fine-tuning in one process takes
+{alone.peak / 1e9:.0f} GB, more than any of these GPUs has. Of these,
+{alone.update / 1e9:.1f} GB are a copy of the second moments, which the
+default step on a GPU makes for all weights at once. With `fused=True` there
+is no copy, and {fused:.0f} GB are left. That fits on:
+{", ".join(fitting) or "none of them"}.
+"""
+)
 
 # %% [markdown]
 # ## What the papers claim
@@ -228,7 +246,8 @@ plt.show()
 # ### The peak
 #
 # These do not all exist at once. Activations are complete when the head is reached, and
-# have gone when the last gradient is made. So the peak is one of two moments:
+# have gone when the last gradient is made. So the peak is one of two moments. (The copy in
+# the update is that of AdamW's `foreach` step, the default on a GPU.)
 #
 # $$
 # \begin{aligned}
@@ -547,8 +566,9 @@ else:
 # not.
 #
 # FSDP wants a GPU for each process. Asked for it on CPUs, Accelerate goes on with DDP and
-# says nothing. PyTorch's own FSDP has no such condition. So a second file
-# tells Accelerate that it may; from there on, all that runs is what runs on GPUs.
+# says nothing. PyTorch's own FSDP has no such condition. So a second file tells Accelerate
+# that it may. From there on it is the same sharding code as on GPUs, but neither bf16, nor
+# checkpoints, nor NCCL, which carries the data there.
 
 # %%
 ON_CPUS = '''\
@@ -575,15 +595,50 @@ train_tiny.main(Path(sys.argv[1]), accelerator)
 accelerator.end_training()
 '''
 (folder / "fsdp_on_cpus.py").write_text(ON_CPUS)
-command = [
-    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-    "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
-    "--main_process_port", free_port(),
-    "fsdp_on_cpus.py", "fsdp.safetensors",
-]
-done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-assert done.returncode == 0, done.stderr
+
+
+def launch(kind, *script):
+    """Launch a script on two processes; return what it prints."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", kind,
+        "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", free_port(), *script,
+    ]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+_ = launch("--multi_gpu", "fsdp_on_cpus.py", "fsdp.safetensors")
+
+# %% [markdown]
+# ### Ask what was started
+#
+# Two launches go wrong without a word. The first asks for two processes on the CPU, the
+# second for FSDP there. So ask the `Accelerator` what it is.
+
+# %% tags=["nbval-check-output"]
+WHO = '''\
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+accelerator.print(
+    "processes:", accelerator.num_processes,
+    " kind:", accelerator.distributed_type.value,
+)
+accelerator.end_training()
+'''
+(folder / "who.py").write_text(WHO)
+for kind in ("--cpu", "--multi_gpu"):
+    print(f"{kind:12}", launch(kind, "who.py"))
+
+# %% [markdown]
+# With `--cpu` two processes are one. With the second launch there are two, but their kind
+# is `MULTI_CPU`, which is DDP: the plugin for FSDP was dropped.
 
 # %% [markdown]
 # ### Is it the same training?
@@ -757,7 +812,7 @@ for process in range(processes):
 # Qwen2.5-7B on one GPU, adapters of rank 16, 16-bit weights that stay frozen. More tokens
 # in a step make better use of the GPU. What stops you?
 
-# %% mystnb={"image": {"alt": "Gigabytes against tokens in a step, both axes logarithmic, for LoRA on Qwen2.5-7B. Four lines start together near 17 gigabytes at 512 tokens. The line with neither checkpoints nor the vocabulary head rises first and passes 80 gigabytes near 8,000 tokens, the line with the vocabulary head alone near 10,000. With checkpoints alone the line passes near 30,000 tokens, and with both near 150,000."}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Gigabytes against tokens in a step, both axes logarithmic, for LoRA on Qwen2.5-7B, with grey lines for three GPUs. Four lines start close together on the left. The line with neither checkpoints nor the vocabulary head rises first, the line with the vocabulary head alone soon after. With checkpoints alone the rise comes much later, and with both last."}} tags=["hide-input"]
 tokens = np.geomspace(512, 2**18, 40).astype(int)
 KNOBS = {
     "neither": {},
@@ -795,17 +850,27 @@ plt.show()
 
 
 # %% tags=["hide-input"]
+def rounded(number):
+    """A number to two digits."""
+    return f"{float(f'{number:.2g}'):,.0f}"
+
+
 def most_tokens(**knobs):
-    fits = [n for n in tokens if gigabytes(int(n), **knobs) < 80]
-    return fits[-1]
+    """The most tokens that take less than 80 GB, by bisection."""
+    too_many = bisect_left(
+        range(2**20), 80, lo=1, key=lambda n: gigabytes(n, **knobs)
+    )
+    return too_many - 1
 
 
-reach = {name: most_tokens(**knobs) for name, knobs in KNOBS.items()}
+reach = {
+    name: rounded(most_tokens(**knobs)) for name, knobs in KNOBS.items()
+}
 Markdown(
     f"""
-On 80 GB about {reach["neither"]:,} tokens fit with neither,
-{reach["vocabulary head"]:,} without the table of logits,
-{reach["checkpoints"]:,} with checkpoints, and {reach["both"]:,} with both.
+On 80 GB about {reach["neither"]} tokens fit with neither,
+{reach["vocabulary head"]} without the table of logits,
+{reach["checkpoints"]} with checkpoints, and {reach["both"]} with both.
 Once the layers keep only their inputs, the logits are most of what is left:
 the two belong together.
 """
@@ -845,16 +910,18 @@ second on one core, for {tiny.weights:,} weights.
 # %% [markdown]
 # For a GPU the same quotient is turned around: tokens per second are the peak rate,
 # times the share of it that a training reaches, divided by the FLOPs of a token. That
-# share is the **model FLOPs utilisation** (MFU). It is measured, never computed, and it is
-# the one number below that decides everything. We take it from claim s‑7.
+# share is measured, never computed, and it is the one number below that decides
+# everything. We borrow it from Llama 3's pre-training, claim s‑7, where it is reported as
+# **model FLOPs utilisation** (MFU). MFU leaves out what checkpoints repeat. We count the
+# repeated FLOPs too, and suppose that they run at the same share of the peak.
 
 # %%
 ASSUMED = {
     "peak": 989e12,  # FLOP/s of an H100 SXM in bf16, from its data sheet
-    "MFU": 0.40,  # the middle of what Llama 3 reports
+    "share of peak": 0.40,  # the middle of what Llama 3 reports
     "tokens": TOKENS,  # of one sequence, in each process
     "checkpoints": True,  # whose second forward pass is work like other
-    "network": "no time beyond what the MFU holds",
+    "network": "keeps up",  # exercise 2 asks whether it does
 }
 
 
@@ -868,7 +935,7 @@ def tokens_per_second(decoder, way):
         decoder, trained, 1, ASSUMED["tokens"],
         checkpointing=ASSUMED["checkpoints"],
     )
-    rate = ASSUMED["peak"] * ASSUMED["MFU"]
+    rate = ASSUMED["peak"] * ASSUMED["share of peak"]
     return rate * ASSUMED["tokens"] / flops
 
 
@@ -878,10 +945,16 @@ def tokens_per_second(decoder, way):
 # GB in each process, every process with one sequence of 4,096 tokens, checkpoints, no
 # table of logits. Full training keeps 32-bit weights and autocasts. LoRA has rank 16 on
 # all matrices. The circuit has 32 heads in 16 layers. Both keep 16-bit weights, frozen.
+# AdamW has its default settings.
 # With more than one process everything is sharded. **None of this was run.**
 
 # %% tags=["hide-input"]
-table = [["model", "trained", "1 GPU", "8", "64", "tokens/s per GPU"]]
+table = [
+    [
+        "model", "trained", "1 GPU", "8", "64",
+        "tokens/s per GPU, arithmetic",
+    ]
+]
 for name, decoder in fp.SHAPES.items():
     for way in ("full", "LoRA", "circuit"):
         cells = []
@@ -895,6 +968,9 @@ Markdown(
     results.markdown_table(table)
     + "\n\nBold fits in 80 GB, with nothing to spare for fragments, "
     "buffers of the network and the CUDA context, which take a few GB more."
+    "\n\nThe last column is arithmetic alone, the same for 1, 8 and 64 "
+    "GPUs: what one of them does if the network keeps up. Exercise 2 shows "
+    "where it does not."
 )
 
 # %% tags=["nbval-check-output"]
@@ -919,7 +995,7 @@ frozen weights and by the products with them.
 # ## The claims beside ours
 
 # %% tags=["hide-input"]
-ZERO = fp.Trained(int(7.5e9), int(7.5e9), 0)
+ZERO = fp.Trained(int(7.5e9), int(7.5e9), 0, 0)
 EMPTY = fp.Decoder(0, 1, 0, 1, 1, 0, 0)
 
 
@@ -978,9 +1054,13 @@ verdicts = [
     [
         "s‑6", "LoRA: 1.2 TB to 350 GB, 3.4 times less",
         "**projected only**",
-        f"{saving:.1f} times less for Qwen2.5-7B",
+        f"{saving:.1f} times less for Qwen2.5-7B, with AdamW's default "
+        "step",
     ],
-    ["s‑7", "38 to 43 % MFU", "**not tested here**", "taken as given"],
+    [
+        "s‑7", "38 to 43 % MFU", "**not tested here**",
+        "borrowed as share of the peak",
+    ],
 ]
 Markdown(results.markdown_table(verdicts))
 
@@ -991,9 +1071,9 @@ Markdown(results.markdown_table(verdicts))
 # * **`train` did not run under FSDP.** The norm of a sharded gradient is itself in parts,
 #   and our loop asked for its value. It would have stopped at the first step on any
 #   cluster. The two CPU processes above found it; nothing else had ever run that line.
-# * **Two processes that are one.** `accelerate launch --cpu --num_processes 2` starts a
-#   single process. It trains, well, and alone. Print `accelerator.num_processes`.
-# * **FSDP that is DDP.** On CPUs, as said above, without a word.
+# * **Two processes that are one, and FSDP that is DDP.** Both are shown above. The losses
+#   are right in both cases, so only a count of processes, or of the weights that one of
+#   them holds, tells.
 # * **A loss outside the wrapper.** FSDP gathers the weights of a module when it is
 #   called. A loss that takes a weight and multiplies by itself, as the vocabulary head
 #   does, belongs inside the call of the outermost module. `Learner` puts it there, which
@@ -1005,10 +1085,11 @@ Markdown(results.markdown_table(verdicts))
 #   checkpoints hold whole weights. Save with `accelerator.get_state_dict` at the end, and
 #   plan runs that end.
 #
-# Not known: the speed of any of this on a GPU; fragmentation of its memory, which adds to
-# every count; what the units gathered by FSDP add in practice, for which the count
-# supposes two layers at a time. Not counted: the biases and norms among the products, the
-# adapters' own activations, the buffers of the network.
+# Not known: bf16, checkpoints and NCCL under FSDP, for the two CPU processes ran the same
+# sharding code without them; the speed of any of this on a GPU; fragmentation of its
+# memory, which adds to every count; what the units gathered by FSDP add in practice, for
+# which the count supposes two layers at a time. Not counted: the biases and norms among the
+# products, the adapters' own activations, the buffers of the network.
 
 # %% [markdown]
 # ## Exercises
@@ -1045,22 +1126,23 @@ print("the gradients join what is always there:",
 # %% [markdown]
 # **2. When does the network bind?** FSDP sends each process the weights twice in a step,
 # and gradients once, 2 bytes each. At which number of tokens per process does this take
-# as long as the FLOPs, at 50 GB/s between machines and 450 GB/s within one? Does the
-# number depend on the size of the model?
+# as long as the FLOPs of full fine-tuning in the table, at 50 GB/s between machines and
+# 450 GB/s within one? Does the number depend on the size of the model?
 
 # %% tags=["hide-cell", "nbval-check-output"]
 for name, decoder in fp.SHAPES.items():
-    # Without attention, so that FLOPs are proportional to tokens.
-    per_token = 6 * decoder.products / (ASSUMED["peak"] * ASSUMED["MFU"])
+    speed = tokens_per_second(decoder, "full")
     for bandwidth in (50e9, 450e9):
-        network = 3 * 2 * decoder.weights / bandwidth
+        network = 3 * 2 * decoder.weights / bandwidth  # seconds
         print(f"{name:12} at {bandwidth / 1e9:3.0f} GB/s: "
-              f"{network / per_token:7,.0f} tokens")
+              f"{network * speed:6,.0f} tokens, "
+              f"{network * speed / TOKENS:.1f} sequences")
 
 # %% [markdown]
 # Hardly: bytes and FLOPs both grow with the weights. It depends on the ratio of the
-# machine's rate to the network's. Below these numbers the GPU waits, and the MFU that was
-# assumed above is out of reach.
+# machine's rate to the network's. Below these numbers the GPU waits. One sequence in each
+# process is enough within a machine. Between machines it is not: there the network takes
+# longer than the arithmetic, and the table's tokens per second are out of reach.
 #
 # **3. A mean over tokens.** Two examples, one of 2 target tokens and one of 8, go to two
 # processes. The loss of each is a mean over *its tokens*, as in transformers. Is the mean
@@ -1077,6 +1159,7 @@ halves = torch.stack([half.mean() for half in by_example.chunk(2)])
 print(f"over examples: one process {by_example.mean():.2f}, "
       f"two {halves.mean():.2f}")
 
+
 # %% [markdown]
 # The mean over tokens gives a token in a short example more weight as soon as the batch
 # is divided, and it depends on who got which example. A mean over examples does not care.
@@ -1085,17 +1168,18 @@ print(f"over examples: one process {by_example.mean():.2f}, "
 # outweigh everything else that Qwen2.5-7B holds? And Llama 3 70B?
 
 # %% tags=["hide-cell", "nbval-check-output"]
+def logits_outweigh(tokens, decoder):
+    parts = footprint(
+        decoder, fp.lora(decoder, rank=16), tokens, fp.BF16_WITH_MASTER,
+        checkpointing=True,
+    )
+    return parts.head > parts.weights + parts.optimizer + parts.saved
+
+
 for name, decoder in fp.SHAPES.items():
-    trained = fp.lora(decoder, rank=16)
-    for n in range(1024, 2**20, 1024):
-        parts = footprint(
-            decoder, trained, n, fp.BF16_WITH_MASTER, checkpointing=True
-        )
-        if parts.head > parts.weights + parts.optimizer + parts.saved:
-            print(f"{name}: from {n:,} tokens on")
-            break
-    else:
-        print(f"{name}: never, up to a million tokens")
+    outweigh = partial(logits_outweigh, decoder=decoder)
+    first = bisect_left(range(2**20), True, lo=1, key=outweigh)
+    print(f"{name}: from about {rounded(first)} tokens on")
 
 # %% [markdown]
 # ## Run it on a cluster

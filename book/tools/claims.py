@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ftlib import published, results
 from ftlib.clipr.runs import by_person
-from ftlib.outcomes import outcomes
 from paths import ROOT
 
 CLAIMS = ROOT / "book" / "claims.toml"
@@ -33,11 +32,10 @@ COMPARISONS: dict[str, Callable[[Floats, Floats], Floats]] = {
 }
 _SCALED = {"%": 100.0, "points": 100.0}
 SEEDS = "of the seeds"
-# What one recorded run gives: a number, or one for each person or question.
+# What one recorded run gives: a number, or one for each person.
 PER: dict[str, Callable[[results.Record, str], Iterable[float]]] = {
     "seed": lambda record, metric: results.Results([record]).values(metric),
     "person": lambda record, metric: by_person([record], metric),
-    "question": lambda record, metric: outcomes(record.metrics, metric),
 }
 
 
@@ -56,7 +54,7 @@ class Quantity(NamedTuple):
     per: str
 
     def values(self) -> dict[tuple[int, int], float]:
-        """Return the recorded numbers by seed and person or question (else 0)."""
+        """Return the recorded numbers by seed and person (else 0)."""
         records = _records(self.method, self.scale).select(self.experiment, self.arm)
         return {
             (record.seed, item): float(value)
@@ -90,7 +88,7 @@ class Measured:
 
     @functools.cached_property
     def interval(self) -> results.Interval:
-        """The mean over seeds, people or questions, in the shown unit.
+        """The mean over seeds, or over people, in the shown unit.
 
         Raises:
             ClaimError: the two sides do not have the same seeds and items.

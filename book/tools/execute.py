@@ -205,12 +205,19 @@ def execute_all(paths: Iterable[Path], in_place: bool = False) -> list[NotebookE
 
 
 def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Chapters, such as cft; default: all.")
+    ] = None,
     in_place: Annotated[
         bool, typer.Option(help="Store outputs and records in the repository.")
     ] = False,
 ) -> None:
     """Run the notebooks whose outputs are out of date."""
-    failures = execute_all(sorted(NOTEBOOKS.glob("*.ipynb")), in_place)
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    if unknown := set(names or ()) - {path.stem for path in paths}:
+        raise typer.BadParameter(f"no notebook called {', '.join(sorted(unknown))}")
+    chosen = [path for path in paths if not names or path.stem in names]
+    failures = execute_all(chosen, in_place)
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     raise typer.Exit(code=bool(failures))

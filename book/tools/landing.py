@@ -46,8 +46,18 @@ def draw(book: Book, ink: str) -> Figure:
         )
         for ax, panel in zip(axes, book.panels, strict=True):
             _draw_panel(ax, panel, book)
-        handles, labels = axes[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=2)
+        by_label = {
+            label: handle
+            for ax in axes
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        names = ["paper", "here"]
+        figure.legend(
+            [by_label[name] for name in names],
+            names,
+            loc="outside upper right",
+            ncols=2,
+        )
     return figure
 
 
@@ -65,7 +75,8 @@ def _draw_panel(ax: Axes, panel: Panel, book: Book) -> None:
     places = np.arange(first, first + len(ours))
     ax.errorbar(means, places, xerr=edges, capsize=2.5, label="here", **OURS)
     if panel.silent:
-        ax.text(0, 0, panel.silent, va="center", style="italic", fontsize=9)
+        left = ax.get_yaxis_transform()
+        ax.text(0.02, 0, panel.silent, va="center", style="italic", transform=left)
     ax.axvline(0, color="#888888", linewidth=1)
     ax.locator_params(axis="x", nbins=6, integer=True)
     labels = [*panel.theirs.values(), *[""] * bool(panel.silent), *panel.ours.values()]

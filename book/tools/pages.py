@@ -27,12 +27,15 @@ not mean that the paper's number came out; where one could be compared, it stand
 ours. *Not testable here* means that the model, the data or the outputs were out of
 reach; the measurement beside it is the nearest we have.
 
+Intervals are over seeds, which means over whole trainings, or over simulated people. A
+chapter that pairs single questions shows narrower ones.
+
 {summary}
 
 {sections}
 """
 
-SAMPLES = {"seed": "seeds", "person": "people", "question": "questions"}
+SAMPLES = {"seed": "seeds", "person": "people"}
 PAPERS = {
     "caref": "CAREF",
     "cft": "CFT",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import typer
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -225,3 +226,8 @@ def test_the_record_has_the_memory_of_the_kernel(
     execute.execute_all(chapters.values(), in_place=True)
     peak = {r.experiment: r.peak_memory_bytes for r in recorded(tmp_path)}
     assert peak["small"] < 2**29 < peak["large"] < 2**30
+
+
+def test_a_chapter_that_is_not_there_is_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="no notebook called cfd"):
+        execute.main(["cfd"])

@@ -17,9 +17,10 @@ import exercises
 import notebooks
 from generated import project
 from notebooks import read
+from pages import PAPERS
 from paths import NOTEBOOKS
 
-METHODS = {"cgm", "cgm_beyond", "cft", "caref", "ctsft", "clipr"}
+METHODS = {*PAPERS, "cgm_beyond"}
 CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 Definition = ast.FunctionDef | ast.ClassDef
 
