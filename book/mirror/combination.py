@@ -655,10 +655,10 @@ Markdown(
   learns. It is {norms_share:.0%}, with less than a hundredth of its
   weights.
 * **Whole critiques are harder than answers.** Asked to criticise fresh
-  answers to gap questions as it was trained to, the fully tuned model writes
-  {rederived} of the critiques without a mistake in any value or verdict. It
-  answers {percent("full", "gap")} of gap questions, where only the last
-  number counts. The two are not one measure.
+  answers to gap questions as it was trained to, the fully tuned model
+  writes {rederived} of the critiques without a mistake in any value or
+  verdict. It answers {percent("full", "gap")} of gap questions, where only
+  the last number counts. The two are not one measure.
 
 As expected: the circuit is more than 20 points behind all weights
 ({signed(minus("circuit", "full", "gap"))}), and at equal gain it forgets no

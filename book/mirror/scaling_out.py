@@ -2,8 +2,8 @@
 # # Scaling out: from one process to a cluster
 #
 # Every training in this book so far fitted into one process. The methods do not stop
-# there. A model of seven billion weights does not fit on one GPU once it is trained in
-# full, and a data set can be larger than the memory of any machine.
+# there. A model of seven billion weights does not fit on a GPU of 80 GB once it is trained
+# in full, and a data set can be larger than the memory of any machine.
 #
 # This chapter takes the same `train` to several processes, counts what each of them has
 # to hold, and reads data that it never holds. Two processes are started here, live, on
