@@ -66,7 +66,8 @@ ARMS: Mapping[str, Recipe] = MappingProxyType(
 """The ways to train; norms are trained in all arms of heads."""
 
 # The search tries these on seeds 1000 and 1001, which are not reported. For each arm
-# the best mean of gap and no-gap questions of validation, after the last step, is taken.
+# the best mean of gap and no-gap questions of validation, after the last step, is
+# taken.
 TUNING_SEED = 1000
 _TRIED: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
