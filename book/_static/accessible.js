@@ -6,6 +6,12 @@ document.addEventListener("DOMContentLoaded", async () => {
     summary.removeAttribute("aria-label");
   }
 
+  // In the table of contents a toggle is an arrow and nothing else.
+  for (const summary of document.querySelectorAll(".has-children summary")) {
+    const chapter = summary.closest("li").querySelector("a").textContent;
+    summary.setAttribute("aria-label", `Sections of ${chapter}`);
+  }
+
   // WAI-ARIA 1.2 deprecates the role that docutils gives the items of this list.
   for (const entry of document.querySelectorAll("[role=doc-biblioentry]")) {
     entry.setAttribute("role", "listitem");
