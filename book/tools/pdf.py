@@ -379,9 +379,14 @@ def main(
     html: Annotated[Path, typer.Option(help="Folder of the built pages.")] = HTML,
     output: Annotated[Path, typer.Option(help="The PDF.")] = BUILD / "book.pdf",
 ) -> None:
-    """Print the built book and print where to open it."""
+    """Print the built book and print where to open it.
+
+    The reference is left out: it is as long as the book, and nobody looks things up
+    on paper.
+    """
+    names = [name for name in build.pages(ROOT) if not name.startswith("book/api/")]
     try:
-        sheets = print_book(html, build.pages(ROOT), output)
+        sheets = print_book(html, names, output)
     except PrintError as error:
         print(f"The book was not printed: {error}", file=sys.stderr)
         raise typer.Exit(code=1) from None
