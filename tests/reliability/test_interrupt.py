@@ -23,6 +23,14 @@ from ftlib.results import read
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts its background jobs deaf to Ctrl-C, and so are their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def command(script, *arguments, **environment):
     """Start a script as from a terminal: a Ctrl-C reaches it."""
     return subprocess.Popen(
