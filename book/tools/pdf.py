@@ -39,6 +39,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = (
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # too small in many containers for a long page
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

@@ -19,7 +19,8 @@ This page is written from the records each time the book is built.
 ## The chapters
 
 Each chapter was run from its first cell to its last at scale `cpu`, and its outputs
-were stored. Time is that of the whole run; memory is the peak of its kernel.
+were stored. Time is that of the whole run, on a machine that may have had other work;
+memory is the peak of its kernel.
 
 {chapters}
 

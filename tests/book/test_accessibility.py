@@ -175,10 +175,12 @@ def test_text_that_does_not_wrap_is_noted(
 STOP = """() => {
     const stop = document.activeElement;
     if (stop === document.body) return null;
-    const look = () => {
-        const { outline, boxShadow, border, opacity } = getComputedStyle(stop);
+    // Where a toggle is an arrow, the arrow inside it shows the focus.
+    const parts = [stop, ...stop.querySelectorAll(":scope > .toctree-toggle")];
+    const look = () => parts.map((part) => {
+        const { outline, boxShadow, border, opacity } = getComputedStyle(part);
         return `${outline} ${boxShadow} ${border} ${opacity}`;
-    };
+    }).join();
     const focused = look(), shown = getComputedStyle(stop).opacity > 0.5;
     stop.blur();
     const plain = look();
@@ -215,7 +217,7 @@ def test_tab_reaches_all_and_shows_where_it_is(site: str, open_page: Open) -> No
     ):
         assert part in walked
     for kind, start in {
-        ".bd-article summary": "<summary",
+        ".bd-article summary, .bd-sidenav summary": "<summary",
         ".bd-article button.copybtn:visible": '<button class="copybtn',
     }.items():
         reached = sum(stop.startswith(start) for stop, _ in found)
