@@ -44,7 +44,7 @@ class ClaimError(ValueError):
 
 
 class Quantity(NamedTuple):
-    """One metric of one arm, or one cell of a published table."""
+    """One metric of one arm."""
 
     method: str
     experiment: str
@@ -171,8 +171,13 @@ class Book(NamedTuple):
 
     def numbers(self) -> dict[str, str]:
         """Return every number as text, by name, for the prose."""
-        entries = {**self.measured, **self.published}
-        return {name: str(entry) for name, entry in entries.items()}
+        return _texts(self.measured, self.published)
+
+
+def _texts(
+    measured: Mapping[str, Measured], theirs: Mapping[str, Published]
+) -> dict[str, str]:
+    return {name: str(entry) for name, entry in {**measured, **theirs}.items()}
 
 
 def show(interval: results.Interval, unit: str, signed: bool) -> str:
@@ -205,8 +210,9 @@ def load(path: Path = CLAIMS) -> Book:
     theirs = {
         name: _published(name, entry) for name, entry in document["published"].items()
     }
+    texts = _texts(measured, theirs)
     claims = {
-        name: _claim(name, entry, measured, theirs)
+        name: _claim(name, entry, measured, theirs, texts)
         for name, entry in document["claim"].items()
     }
     panels = [Panel(**entry) for entry in document["panel"]]
@@ -255,6 +261,7 @@ def _claim(
     entry: dict[str, Any],
     measured: Mapping[str, Measured],
     theirs: Mapping[str, Published],
+    texts: Mapping[str, str],
 ) -> Claim:
     if entry.get("verdict") not in VERDICTS:
         raise ClaimError(
@@ -264,9 +271,8 @@ def _claim(
     ours = _pick(f"claim.{name}", entry["measured"], measured)
     if not ours:
         raise ClaimError(f"claim.{name} has a verdict, but nothing measured behind it")
-    numbers = {key: str(value) for key, value in {**measured, **theirs}.items()}
     try:
-        why = entry["why"].format_map(numbers)
+        why = entry["why"].format_map(texts)
     except KeyError as error:
         raise ClaimError(f"claim.{name}: `why` names no number {error}") from error
     return Claim(
